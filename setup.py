@@ -196,7 +196,7 @@ class Wheel(bdist_wheel):
 
 # Folders of the checkout that are installed inside linattn: their own names belong to other packages on PyPI.
 MAPPED = {"linattn.adapters": "adapters", "linattn.triton_kernels": "triton_kernels"}
-packages = find_packages(include=["linattn", "linattn.*"])
+packages = ["linattn"] + [f"linattn.{child}" for child in find_packages("linattn")]
 package_dir = {}
 for name, folder in MAPPED.items():
     if (ROOT / folder).is_dir():
