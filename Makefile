@@ -1,0 +1,89 @@
+# One command per job; `make help` lists them. Everything is installed into .venv; nothing outside the checkout changes.
+#   make test TORCH_INDEX=URL    take torch from that package index (default: see tools/install_torch.py)
+#   make test CONSTRAINTS=       newest versions instead of the pinned ones
+#   make test PYTHON=python3.12  the interpreter that .venv is made from
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+TORCH_INDEX ?=
+OUT ?= gpu_out
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+SOURCES := $(wildcard csrc/*/* CMakeLists.txt cmake/* setup.py)
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+# One pytest process per core (4 at most), each with its share of the threads: the suite is mostly Python and
+# Triton's interpreter, which use one core; tests that are about threads set their number themselves.
+WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
+TEST_THREADS ?= $(shell n=$$(( $(CORES) / $(WORKERS) )); [ $$n -lt 1 ] && n=1; echo $$n)
+
+.PHONY: help test lint format demo gpu docs-tables install clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test         environment, build, all tests (PYTEST_ARGS='-k name' to choose)"
+	@echo "make lint         ruff and clang-format, as CI runs them"
+	@echo "make format       the same tools, writing"
+	@echo "make demo         environment, build, and pictures from the bundled model in demo_out/"
+	@echo "make gpu OUT=dir  on a CUDA machine without network: build, GPU tests, all benchmarks"
+	@echo "make docs-tables  README's tables again from the recorded results"
+	@echo "make clean        remove builds and results; distclean: the environment as well"
+
+$(VENV)/.torch: $(CONSTRAINTS) tools/install_torch.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install_torch.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS)) $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+	$(PIP) setuptools wheel cmake ninja
+	@touch $@
+
+# Without build isolation: cmake, ninja and setuptools of .venv are used, and nothing is downloaded twice.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP) ruff clang-format
+	@touch $@
+
+install: $(VENV)/.test
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=8 $(PYTEST_ARGS)
+
+CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m linattn demo --out demo_out
+
+# The interpreter of that machine as it is, with its torch, triton and nvcc: no environment, no network.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . \
+	  || $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --break-system-packages -e . \
+	  || $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
+docs-tables: $(VENV)/.test
+	$(BIN)/python -m benchmarks.tables
+
+clean:
+	rm -rf build dist demo_out gpu_out *.egg-info linattn/_C_*.so linattn/_C_*.dylib linattn/_C_*.dll linattn/_build_info.json
+	rm -f $(VENV)/.demo $(VENV)/.test
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
