@@ -31,8 +31,11 @@ help:
 	@echo "make docs-tables  README's tables again from the recorded results"
 	@echo "make clean        remove builds and results; distclean: the environment as well"
 
-$(VENV)/.torch: $(CONSTRAINTS) tools/install_torch.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS) tools/install_torch.py
 	$(BIN)/python tools/install_torch.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS)) $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 	$(PIP) setuptools wheel cmake ninja
 	@touch $@
@@ -46,7 +49,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.demo
 
-$(VENV)/.lint: $(VENV)/.torch
+$(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
 	$(PIP) ruff clang-format
 	@touch $@
 
