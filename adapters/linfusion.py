@@ -266,7 +266,7 @@ class LinFusion(ModelMixin, ConfigMixin):
             name = next((name for name in names if name), "this UNet")
             raise ValueError(
                 f"no published LinFusion weights are known for {name!r}, and its architecture is none of "
-                f"{', '.join(ARCHITECTURES)}. Either pass pretrained_model_name_or_path= with LinFusion weights for it, "
+                f"{', '.join(ARCHITECTURES)}. Either pass pretrained_model_name_or_path= with LinFusion weights, "
                 f"or pipe_name_path= with the repository it derives from ({', '.join(KNOWN_REPOSITORIES)}), "
                 "or load_pretrained=False to start from the UNet's own weights (then distill)"
             )
