@@ -2,7 +2,7 @@
 
 The libraries hold no CPython symbols and use only torch's stable ABI, so one build serves every Python and every
 torch >= 2.11. torch is found by asking the target interpreter in a clean subprocess, never imported here: that is what
-makes plain `pip install .` work in pip's isolated build, where torch does not exist. docs/building.md has the variables.
+makes plain `pip install .` work in pip's isolated build, where torch does not exist. Variables: docs/building.md.
 """
 
 import contextlib
