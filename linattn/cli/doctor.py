@@ -7,6 +7,8 @@ run at all (a backend that was forced by LINATTN_BACKEND and cannot run it).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -50,36 +52,34 @@ def libraries() -> dict[str, str]:
 
 
 def processor() -> dict[str, object]:
-    """The CPU: the instruction sets that matter here, torch's own level, and how many threads torch uses."""
+    """The CPU: the instruction set that our kernels and torch's chose, and how many threads torch uses."""
     import torch
 
     return {
         "name": _cpu_name(),
-        "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "kernel_isa": os.environ.get("LINATTN_CPU_ISA") or _best_isa(),
+        "kernels": _kernel_isa(),
+        "torch": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 
 
-def _cpu_info() -> dict[str, str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 def _cpu_name() -> str:
-    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def _best_isa() -> str:
-    flags = set(_cpu_info().get("flags", "").split())
-    if not {"avx2", "fma", "f16c"} <= flags:
-        return "baseline"
-    if not {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-        return "avx2"
-    return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+def _kernel_isa() -> str | None:
+    """The level that csrc/cpu/isa.cpp chose for this process (LINATTN_CPU_ISA can lower it)."""
+    from linattn import _library
+
+    if not _library.loaded("cpu"):
+        return None
+    isa = ctypes.CDLL(_library.path("cpu")).linattn_cpu_isa
+    isa.restype = ctypes.c_char_p
+    return isa().decode()
 
 
 def gpus() -> list[dict[str, object]]:
@@ -104,7 +104,7 @@ def collect() -> dict[str, object]:
     settings = {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("LINATTN_", "TRITON_INTERPRET"))}
     return {
         "versions": versions(),
-        "location": os.path.dirname(os.path.abspath(linattn.__file__)),
+        "location": linattn.__path__[0],
         "torch_cuda": torch.version.cuda,
         "build": build_info(),
         "libraries": libraries(),
@@ -128,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
 def render(facts: dict) -> list[str]:
     lines = ["versions"]
     for name, version in facts["versions"].items():
-        note = f"   (CUDA {facts['torch_cuda'] or 'not in this build'})" if name == "torch" else ""
+        note = {"linattn": f"   ({facts['location']})", "torch": f"   (CUDA: {facts['torch_cuda'] or 'no'})"}.get(
+            name, ""
+        )
         lines.append(f"  {name:<14}{version or 'not installed'}{note}")
     lines += ["", "libraries"]
     for name, state in facts["libraries"].items():
@@ -138,7 +140,7 @@ def render(facts: dict) -> list[str]:
     lines += ["", "machine"]
     cpu = facts["cpu"]
     lines.append(f"  {'cpu':<14}{cpu['name']}, {cpu['threads']} threads")
-    lines.append(f"  {'':<14}kernels use {cpu['kernel_isa']}, torch uses {cpu['torch_capability']}")
+    lines.append(f"  {'':<14}kernels use {cpu['kernels'] or 'nothing: not loaded'}, torch uses {cpu['torch']}")
     for gpu in facts["gpus"] or [None]:
         text = f"{gpu['device']}: {gpu['name']}, {gpu['arch']}, {gpu['GiB']} GiB" if gpu else "no CUDA device"
         lines.append(f"  {'gpu':<14}{text}")
@@ -155,16 +157,13 @@ def render_ops(rows: list[dict]) -> list[str]:
     """Rows of one op and device that agree are one line, whatever their dtype."""
     groups: dict[tuple, list[str]] = {}
     for row in rows:
-        answer = row["backend"] or "none"
-        reasons = dict(row["why_not"])
-        # A forced backend that cannot run says so itself; otherwise the reasons of the others are what is asked for.
-        key = (row["op"], row["device"], answer, row.get("error"), tuple(reasons.items()))
+        key = (row["op"], row["device"], row["backend"], row.get("error"), tuple(row["why_not"].items()))
         groups.setdefault(key, []).append(row["dtype"])
     lines, last_op = [], None
     for (op, device, answer, error, reasons), dtypes in groups.items():
         if op != last_op:
             lines.append(f"  {op}")
             last_op = op
-        lines.append(f"    {device}, {'/'.join(dtypes)}: {answer}" + (f"   ERROR: {error}" if error else ""))
+        lines.append(f"    {device}, {'/'.join(dtypes)}: {answer or 'ERROR: ' + error}")
         lines += [f"      not {name}: {reason}" for name, reason in reasons]
     return lines
