@@ -13,15 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools < 70.1, possible without build isolation
-    from wheel.bdist_wheel import bdist_wheel
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip checks [build-system] only when it isolates the build
+    raise SystemExit(
+        f"linattn: needs setuptools >= 77, and this is {setuptools.__version__}; run `pip install -U setuptools`, "
+        "or build with isolation (pip's default)"
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402: newer than the setuptools refused above
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
