@@ -25,7 +25,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # pip checks [build-system] 
         "or build with isolation (pip's default)"
     )
 
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402: newer than the setuptools refused above
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
