@@ -1,0 +1,696 @@
+"""Bidirectional linear attention in Triton, forward and backward, for 16-bit head dims up to 160.
+
+    kv = sum_j phi(k_j)^T v_j     k_sum = sum_j phi(k_j)     out_i = phi(q_i) (scale * kv) / (phi(q_i) . k_sum / M + eps)
+
+Everything here is bound by memory: bfloat16 D = 64 moves 512 bytes per token and head for 16.6 kFLOP, a third of what an
+H200 could multiply meanwhile. So each pass reads its rows exactly once, and the D x E matrix never leaves the SM:
+
+  state           k, v -> kv, k_sum    one program per (head, split of the tokens); float32 state in registers, one
+                                       partial of D*E + D floats per split
+  reduce          partials -> state    sums the splits in their order: no atomics, the same bits every time
+  apply           q, kv -> out         one program per (head, run of tokens); the state, rounded once, is the resident
+                                       right operand of every product
+  forward_short   q, k, v -> out       both in one launch where the keys of a head are so few that every program can sum
+                                       them for itself; below about 1,000 tokens launches cost more than bytes
+  apply_backward  dO, q -> dQ, dkv     one pass over dO and q (formulas: docs/linear_attention.md)
+  state_backward  k, v -> dK, dV       one pass over k and v
+
+A head dim is cut into at most two blocks of powers of two (common.head_tile): 40 -> 64, 80 -> 64 + 16, 160 -> 128 + 32.
+Lanes past the head dim are masked and cost no traffic. The number of splits is a function of the token count, the number
+of heads, the head dims, the dtype and the device, never of the batch, so a sample alone and the same sample in a batch
+give the same bits. Float32 and head dims above 160 go through linear_attention_wide.py.
+
+Numbers: phi is evaluated in float32; the products take phi(k), v, phi(q) in the input dtype and accumulate in float32;
+k_sum and z are sums of the same rounded phi that enters the products, so the two ends of the fraction share their
+rounding. bfloat16 has the range to round kv itself; for float16 kv is first brought near 2**14 by a power of two
+(common.fit_float16), so that neither a long sum nor a tiny gradient falls out of its range.
+"""
+
+from functools import lru_cache, wraps
+
+import torch
+import triton
+import triton.language as tl
+
+from . import linear_attention_wide as wide
+from .common import (
+    RUNTIME_ARGUMENTS,
+    fit_float16,
+    head_tile,
+    load_matrix,
+    load_rows,
+    load_vector,
+    multiprocessors,
+    on_device,
+    phi,
+    phi_slope,
+    reduce_partials,
+    run_tokens,
+    split_tokens,
+    store_matrix,
+    store_rows,
+    stride_unit,
+)
+
+# ---- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def accumulate_state(
+    K, V, KD, lo, hi, k_sn, v_sn, kd_sn,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """kv in up to four blocks and k_sum in up to two, summed over tokens lo .. hi of one head.
+
+    k_sum is a product with a column of ones, so it rounds and accumulates exactly as kv does.
+    """
+    dtype: tl.constexpr = K.dtype.element_ty
+    kv00 = tl.zeros([D0, E0], tl.float32)
+    kv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
+    kv10 = tl.zeros([D1 if D1 > 0 else 16, E0], tl.float32)
+    kv11 = tl.zeros([D1 if D1 > 0 else 16, E1 if E1 > 0 else 16], tl.float32)
+    sum0 = tl.zeros([D0, 16], tl.float32)
+    sum1 = tl.zeros([D1 if D1 > 0 else 16, 16], tl.float32)
+    ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(dtype)
+    token = tl.arange(0, BLOCK_N)
+    in0 = tl.arange(0, D0) < D
+    for start in range(lo, hi, BLOCK_N):
+        at = tl.cast(start, tl.int64)
+        live = start + token < hi
+        K_at = K + at * k_sn * UNIT
+        V_at = V + at * v_sn * UNIT
+        k0 = load_rows(K_at, token, live, k_sn, UNIT, 0, D, D0)
+        v0 = load_rows(V_at, token, live, v_sn, UNIT, 0, E, E0)
+        p0 = phi(k0.to(tl.float32), FEATURE, False)
+        p0 = tl.trans(tl.where(live[:, None] & in0[None, :], p0, 0.0).to(dtype))
+        kv00 = tl.dot(p0, v0, kv00)
+        if E1 > 0:
+            v1 = load_rows(V_at, token, live, v_sn, UNIT, E0, E, E1)
+            kv01 = tl.dot(p0, v1, kv01)
+        if D1 > 0:
+            in1 = D0 + tl.arange(0, D1) < D
+            k1 = load_rows(K_at, token, live, k_sn, UNIT, D0, D, D1)
+            p1 = phi(k1.to(tl.float32), FEATURE, False)
+            p1 = tl.trans(tl.where(live[:, None] & in1[None, :], p1, 0.0).to(dtype))
+            kv10 = tl.dot(p1, v0, kv10)
+            if E1 > 0:
+                kv11 = tl.dot(p1, v1, kv11)
+        if HAS_DENOM:
+            KD_at = KD + at * kd_sn * UNIT
+            p0 = phi(load_rows(KD_at, token, live, kd_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False)
+            p0 = tl.trans(tl.where(live[:, None] & in0[None, :], p0, 0.0).to(dtype))
+            if D1 > 0:
+                p1 = phi(load_rows(KD_at, token, live, kd_sn, UNIT, D0, D, D1).to(tl.float32), FEATURE, False)
+                p1 = tl.trans(tl.where(live[:, None] & in1[None, :], p1, 0.0).to(dtype))
+        sum0 = tl.dot(p0, ones, sum0)
+        if D1 > 0:
+            sum1 = tl.dot(p1, ones, sum1)
+    first = tl.arange(0, 16)[None, :] == 0
+    return kv00, kv01, kv10, kv11, tl.sum(tl.where(first, sum0, 0.0), 1), tl.sum(tl.where(first, sum1, 0.0), 1)
+
+
+@triton.jit
+def load_state(
+    KV, D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr
+):
+    """The four blocks of a contiguous (D, E) matrix; blocks that do not exist repeat one that does."""
+    d0 = tl.arange(0, D0)
+    e0 = tl.arange(0, E0)
+    kv00 = load_matrix(KV, d0, e0, D, E)
+    kv01 = kv00
+    kv10 = kv00
+    kv11 = kv00
+    if E1 > 0:
+        e1 = E0 + tl.arange(0, E1)
+        kv01 = load_matrix(KV, d0, e1, D, E)
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)
+        kv10 = load_matrix(KV, d1, e0, D, E)
+        if E1 > 0:
+            kv11 = load_matrix(KV, d1, e1, D, E)
+    return kv00, kv01, kv10, kv11
+
+
+@triton.jit
+def store_state(
+    KV, KSUM, kv00, kv01, kv10, kv11, sum0, sum1, kv_scale, sum_scale,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+):  # fmt: skip
+    d0 = tl.arange(0, D0)
+    e0 = tl.arange(0, E0)
+    store_matrix(KV, kv00 * kv_scale, d0, e0, D, E)
+    tl.store(KSUM + d0, sum0 * sum_scale, mask=d0 < D)
+    if E1 > 0:
+        e1 = E0 + tl.arange(0, E1)
+        store_matrix(KV, kv01 * kv_scale, d0, e1, D, E)
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)
+        store_matrix(KV, kv10 * kv_scale, d1, e0, D, E)
+        tl.store(KSUM + d1, sum1 * sum_scale, mask=d1 < D)
+        if E1 > 0:
+            store_matrix(KV, kv11 * kv_scale, d1, e1, D, E)
+
+
+@triton.jit
+def round_state(kv00, kv01, kv10, kv11, D1: tl.constexpr, E1: tl.constexpr, DTYPE: tl.constexpr):
+    """The blocks in DTYPE, and the factor that undoes their scaling (1 for bfloat16)."""
+    unscale = 1.0
+    if DTYPE == tl.float16:
+        peak = tl.max(tl.max(tl.abs(kv00), 1), 0)
+        if E1 > 0:
+            peak = tl.maximum(peak, tl.max(tl.max(tl.abs(kv01), 1), 0))
+        if D1 > 0:
+            peak = tl.maximum(peak, tl.max(tl.max(tl.abs(kv10), 1), 0))
+            if E1 > 0:
+                peak = tl.maximum(peak, tl.max(tl.max(tl.abs(kv11), 1), 0))
+        fit = fit_float16(peak)
+        unscale = 1.0 / fit
+        kv00 = kv00 * fit
+        kv01 = kv01 * fit
+        kv10 = kv10 * fit
+        kv11 = kv11 * fit
+    return kv00.to(DTYPE), kv01.to(DTYPE), kv10.to(DTYPE), kv11.to(DTYPE), unscale
+
+
+@triton.jit
+def emit_output(
+    Q, QD, OUT, lo, hi, q_sn, qd_sn, o_sn, w00, w01, w10, w11, mean0, mean1, scale, eps,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out rows lo .. hi of one head from the rounded state. Lanes past D hold phi(0), and meet zeros in w and mean."""
+    dtype: tl.constexpr = Q.dtype.element_ty
+    token = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        at = tl.cast(start, tl.int64)
+        live = start + token < hi
+        Q_at = Q + at * q_sn * UNIT
+        p0 = phi(load_rows(Q_at, token, live, q_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False).to(dtype)
+        out0 = tl.dot(p0, w00)
+        if E1 > 0:
+            out1 = tl.dot(p0, w01)
+        if D1 > 0:
+            p1 = phi(load_rows(Q_at, token, live, q_sn, UNIT, D0, D, D1).to(tl.float32), FEATURE, False).to(dtype)
+            out0 = tl.dot(p1, w10, out0)
+            if E1 > 0:
+                out1 = tl.dot(p1, w11, out1)
+        if NORMALIZE:
+            if HAS_DENOM:
+                QD_at = QD + at * qd_sn * UNIT
+                p0 = phi(load_rows(QD_at, token, live, qd_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False).to(dtype)
+                if D1 > 0:
+                    x1 = load_rows(QD_at, token, live, qd_sn, UNIT, D0, D, D1).to(tl.float32)
+                    p1 = phi(x1, FEATURE, False).to(dtype)
+            z = tl.sum(p0.to(tl.float32) * mean0[None, :], 1) + eps
+            if D1 > 0:
+                z += tl.sum(p1.to(tl.float32) * mean1[None, :], 1)
+            factor = (scale / z)[:, None]
+            out0 = out0 * factor
+            if E1 > 0:
+                out1 = out1 * factor
+        else:
+            out0 = out0 * scale
+            if E1 > 0:
+                out1 = out1 * scale
+        OUT_at = OUT + at * o_sn * UNIT
+        store_rows(OUT_at, out0, token, live, o_sn, UNIT, 0, E, E0)
+        if E1 > 0:
+            store_rows(OUT_at, out1, token, live, o_sn, UNIT, E0, E, E1)
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------
+# Program ids: 0 = batch * heads + head (neighbouring heads of one token share memory pages), 1 = run of tokens.
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def state_kernel(
+    K, V, KD, KV, KSUM, heads, tokens, chunk, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, kd_sb, kd_sh, kd_sn,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One partial state; KV is [splits, batch * heads, D, E] and KSUM [splits, batch * heads, D]."""
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    lo = split * chunk
+    hi = tl.minimum(lo + chunk, tokens)
+    kv00, kv01, kv10, kv11, sum0, sum1 = accumulate_state(
+        K + b * k_sb * UNIT + h * k_sh * UNIT, V + b * v_sb * UNIT + h * v_sh * UNIT,
+        KD + b * kd_sb * UNIT + h * kd_sh * UNIT, lo, hi, k_sn, v_sn, kd_sn,
+        D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N,
+    )  # fmt: skip
+    slot = split.to(tl.int64) * tl.num_programs(0) + row
+    store_state(
+        KV + slot * (D * E), KSUM + slot * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
+    )
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def apply_kernel(
+    Q, QD, KV, KSUM, OUT, heads, tokens, chunk, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, o_sb, o_sh, o_sn,
+    scale, inv_count, eps,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    lo = tl.program_id(1) * chunk
+    hi = tl.minimum(lo + chunk, tokens)
+    at = row.to(tl.int64)
+    kv00, kv01, kv10, kv11 = load_state(KV + at * (D * E), D, E, D0, D1, E0, E1)
+    w00, w01, w10, w11, unscale = round_state(kv00, kv01, kv10, kv11, D1, E1, Q.dtype.element_ty)
+    mean0 = load_vector(KSUM + at * D, tl.arange(0, D0), D) * inv_count
+    mean1 = mean0
+    if D1 > 0:
+        mean1 = load_vector(KSUM + at * D, D0 + tl.arange(0, D1), D) * inv_count
+    emit_output(
+        Q + b * q_sb * UNIT + h * q_sh * UNIT, QD + b * qd_sb * UNIT + h * qd_sh * UNIT,
+        OUT + b * o_sb * UNIT + h * o_sh * UNIT, lo, hi, q_sn, qd_sn, o_sn,
+        w00, w01, w10, w11, mean0, mean1, scale * unscale, eps,
+        D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def forward_short_kernel(
+    Q, K, V, QD, KD, OUT, KV, KSUM, heads, tokens, keys, chunk,
+    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, qd_sb, qd_sh, qd_sn, kd_sb, kd_sh, kd_sn, o_sb, o_sh, o_sn,
+    scale, inv_count, eps,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_QD: tl.constexpr, HAS_KD: tl.constexpr, NORMALIZE: tl.constexpr, STATE: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Every program sums all keys of its head, then writes its run of queries; run 0 also stores the state if asked."""
+    row = tl.program_id(0)
+    run = tl.program_id(1)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    kv00, kv01, kv10, kv11, sum0, sum1 = accumulate_state(
+        K + b * k_sb * UNIT + h * k_sh * UNIT, V + b * v_sb * UNIT + h * v_sh * UNIT,
+        KD + b * kd_sb * UNIT + h * kd_sh * UNIT, run * 0, keys, k_sn, v_sn, kd_sn,
+        D, E, D0, D1, E0, E1, FEATURE, HAS_KD, UNIT, BLOCK_N,
+    )  # fmt: skip
+    if STATE:
+        if run == 0:
+            at = row.to(tl.int64)
+            store_state(
+                KV + at * (D * E), KSUM + at * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
+            )
+    w00, w01, w10, w11, unscale = round_state(kv00, kv01, kv10, kv11, D1, E1, Q.dtype.element_ty)
+    lo = run * chunk
+    hi = tl.minimum(lo + chunk, tokens)
+    emit_output(
+        Q + b * q_sb * UNIT + h * q_sh * UNIT, QD + b * qd_sb * UNIT + h * qd_sh * UNIT,
+        OUT + b * o_sb * UNIT + h * o_sh * UNIT, lo, hi, q_sn, qd_sn, o_sn,
+        w00, w01, w10, w11, sum0 * inv_count, sum1 * inv_count, scale * unscale, eps,
+        D, E, D0, D1, E0, E1, FEATURE, HAS_QD, NORMALIZE, UNIT, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def apply_backward_kernel(
+    G, Q, QD, KV, KSUM, GQ, GQD, GKV, GKSUM, heads, tokens, chunk,
+    g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, gq_sb, gq_sh, gq_sn, gqd_sb, gqd_sh, gqd_sn,
+    scale, inv_count, eps,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_q of one run of tokens, and this run's partial grad_kv and grad_k_sum (laid out as in state_kernel)."""
+    dtype: tl.constexpr = Q.dtype.element_ty
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    at = row.to(tl.int64)
+    lo = split * chunk
+    hi = tl.minimum(lo + chunk, tokens)
+    G += b * g_sb * UNIT + h * g_sh * UNIT
+    Q += b * q_sb * UNIT + h * q_sh * UNIT
+    QD += b * qd_sb * UNIT + h * qd_sh * UNIT
+    GQ += b * gq_sb * UNIT + h * gq_sh * UNIT
+    GQD += b * gqd_sb * UNIT + h * gqd_sh * UNIT
+
+    kv00, kv01, kv10, kv11 = load_state(KV + at * (D * E), D, E, D0, D1, E0, E1)
+    w00, w01, w10, w11, unscale = round_state(kv00, kv01, kv10, kv11, D1, E1, dtype)
+    unscale *= scale
+    mean0 = load_vector(KSUM + at * D, tl.arange(0, D0), D) * inv_count
+    mean1 = mean0
+    if D1 > 0:
+        mean1 = load_vector(KSUM + at * D, D0 + tl.arange(0, D1), D) * inv_count
+
+    gkv00 = tl.zeros([D0, E0], tl.float32)
+    gkv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
+    gkv10 = tl.zeros([D1 if D1 > 0 else 16, E0], tl.float32)
+    gkv11 = tl.zeros([D1 if D1 > 0 else 16, E1 if E1 > 0 else 16], tl.float32)
+    gsum0 = tl.zeros([D0], tl.float32)
+    gsum1 = tl.zeros([D1 if D1 > 0 else 16], tl.float32)
+    token = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        at = tl.cast(start, tl.int64)
+        live = start + token < hi
+        G_at = G + at * g_sn * UNIT
+        Q_at = Q + at * q_sn * UNIT
+        g0 = load_rows(G_at, token, live, g_sn, UNIT, 0, E, E0)
+        x0 = load_rows(Q_at, token, live, q_sn, UNIT, 0, D, D0).to(tl.float32)
+        p0 = phi(x0, FEATURE, False).to(dtype).to(tl.float32)
+        dp0 = tl.dot(g0, tl.trans(w00))
+        if E1 > 0:
+            g1 = load_rows(G_at, token, live, g_sn, UNIT, E0, E, E1)
+            dp0 = tl.dot(g1, tl.trans(w01), dp0)
+        dp0 *= unscale
+        a0 = p0
+        if D1 > 0:
+            x1 = load_rows(Q_at, token, live, q_sn, UNIT, D0, D, D1).to(tl.float32)
+            p1 = phi(x1, FEATURE, False).to(dtype).to(tl.float32)
+            dp1 = tl.dot(g0, tl.trans(w10))
+            if E1 > 0:
+                dp1 = tl.dot(g1, tl.trans(w11), dp1)
+            dp1 *= unscale
+            a1 = p1
+        if NORMALIZE:
+            dot = tl.sum(p0 * dp0, 1)
+            if D1 > 0:
+                dot += tl.sum(p1 * dp1, 1)
+            y0 = x0
+            r0 = p0
+            if HAS_DENOM:
+                QD_at = QD + at * qd_sn * UNIT
+                y0 = load_rows(QD_at, token, live, qd_sn, UNIT, 0, D, D0).to(tl.float32)
+                r0 = phi(y0, FEATURE, False).to(dtype).to(tl.float32)
+            z = tl.sum(r0 * mean0[None, :], 1) + eps
+            if D1 > 0:
+                y1 = x1
+                r1 = p1
+                if HAS_DENOM:
+                    y1 = load_rows(QD_at, token, live, qd_sn, UNIT, D0, D, D1).to(tl.float32)
+                    r1 = phi(y1, FEATURE, False).to(dtype).to(tl.float32)
+                z += tl.sum(r1 * mean1[None, :], 1)
+            inv_z = tl.where(live, 1.0 / z, 0.0)  # z of a dead row may be 0
+            dz = -dot * inv_z * inv_z
+            gsum0 += tl.sum(r0 * dz[:, None], 0)
+            a0 = p0 * inv_z[:, None]
+            dp0 *= inv_z[:, None]
+            if D1 > 0:
+                gsum1 += tl.sum(r1 * dz[:, None], 0)
+                a1 = p1 * inv_z[:, None]
+                dp1 *= inv_z[:, None]
+            if HAS_DENOM:
+                GQD_at = GQD + at * gqd_sn * UNIT
+                dy = dz[:, None] * mean0[None, :] * phi_slope(y0, FEATURE, False)
+                store_rows(GQD_at, dy, token, live, gqd_sn, UNIT, 0, D, D0)
+                if D1 > 0:
+                    dy = dz[:, None] * mean1[None, :] * phi_slope(y1, FEATURE, False)
+                    store_rows(GQD_at, dy, token, live, gqd_sn, UNIT, D0, D, D1)
+            else:
+                dp0 += dz[:, None] * mean0[None, :]
+                if D1 > 0:
+                    dp1 += dz[:, None] * mean1[None, :]
+        GQ_at = GQ + at * gq_sn * UNIT
+        store_rows(GQ_at, dp0 * phi_slope(x0, FEATURE, False), token, live, gq_sn, UNIT, 0, D, D0)
+        a0 = tl.trans(a0.to(dtype))
+        gkv00 = tl.dot(a0, g0, gkv00)
+        if E1 > 0:
+            gkv01 = tl.dot(a0, g1, gkv01)
+        if D1 > 0:
+            store_rows(GQ_at, dp1 * phi_slope(x1, FEATURE, False), token, live, gq_sn, UNIT, D0, D, D1)
+            a1 = tl.trans(a1.to(dtype))
+            gkv10 = tl.dot(a1, g0, gkv10)
+            if E1 > 0:
+                gkv11 = tl.dot(a1, g1, gkv11)
+    slot = split.to(tl.int64) * tl.num_programs(0) + row
+    store_state(
+        GKV + slot * (D * E), GKSUM + slot * D, gkv00, gkv01, gkv10, gkv11, gsum0, gsum1, scale, inv_count,
+        D, E, D0, D1, E0, E1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def state_backward_kernel(
+    GKV, GKSUM, K, V, KD, GK, GV, GKD, heads, tokens, chunk,
+    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, kd_sb, kd_sh, kd_sn, gk_sb, gk_sh, gk_sn, gv_sb, gv_sh, gv_sn,
+    gkd_sb, gkd_sh, gkd_sn,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v rows of one run of tokens; the rounded grad_kv is resident, as kv is in apply_kernel."""
+    dtype: tl.constexpr = K.dtype.element_ty
+    row = tl.program_id(0)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    at = row.to(tl.int64)
+    lo = tl.program_id(1) * chunk
+    hi = tl.minimum(lo + chunk, tokens)
+    K += b * k_sb * UNIT + h * k_sh * UNIT
+    V += b * v_sb * UNIT + h * v_sh * UNIT
+    KD += b * kd_sb * UNIT + h * kd_sh * UNIT
+    GK += b * gk_sb * UNIT + h * gk_sh * UNIT
+    GV += b * gv_sb * UNIT + h * gv_sh * UNIT
+    GKD += b * gkd_sb * UNIT + h * gkd_sh * UNIT
+
+    w00, w01, w10, w11 = load_state(GKV + at * (D * E), D, E, D0, D1, E0, E1)
+    w00, w01, w10, w11, unscale = round_state(w00, w01, w10, w11, D1, E1, dtype)
+    gsum0 = load_vector(GKSUM + at * D, tl.arange(0, D0), D)
+    if D1 > 0:
+        gsum1 = load_vector(GKSUM + at * D, D0 + tl.arange(0, D1), D)
+    token = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        at = tl.cast(start, tl.int64)
+        live = start + token < hi
+        K_at = K + at * k_sn * UNIT
+        V_at = V + at * v_sn * UNIT
+        x0 = load_rows(K_at, token, live, k_sn, UNIT, 0, D, D0).to(tl.float32)
+        v0 = load_rows(V_at, token, live, v_sn, UNIT, 0, E, E0)
+        p0 = phi(x0, FEATURE, False).to(dtype)
+        gv0 = tl.dot(p0, w00)
+        dp0 = tl.dot(v0, tl.trans(w00))
+        if E1 > 0:
+            v1 = load_rows(V_at, token, live, v_sn, UNIT, E0, E, E1)
+            gv1 = tl.dot(p0, w01)
+            dp0 = tl.dot(v1, tl.trans(w01), dp0)
+        if D1 > 0:
+            x1 = load_rows(K_at, token, live, k_sn, UNIT, D0, D, D1).to(tl.float32)
+            p1 = phi(x1, FEATURE, False).to(dtype)
+            gv0 = tl.dot(p1, w10, gv0)
+            dp1 = tl.dot(v0, tl.trans(w10))
+            if E1 > 0:
+                gv1 = tl.dot(p1, w11, gv1)
+                dp1 = tl.dot(v1, tl.trans(w11), dp1)
+        GV_at = GV + at * gv_sn * UNIT
+        store_rows(GV_at, gv0 * unscale, token, live, gv_sn, UNIT, 0, E, E0)
+        if E1 > 0:
+            store_rows(GV_at, gv1 * unscale, token, live, gv_sn, UNIT, E0, E, E1)
+        dp0 *= unscale
+        if D1 > 0:
+            dp1 *= unscale
+        if HAS_DENOM:
+            KD_at = KD + at * kd_sn * UNIT
+            GKD_at = GKD + at * gkd_sn * UNIT
+            slope = phi_slope(load_rows(KD_at, token, live, kd_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False)
+            store_rows(GKD_at, slope * gsum0[None, :], token, live, gkd_sn, UNIT, 0, D, D0)
+            if D1 > 0:
+                slope = phi_slope(load_rows(KD_at, token, live, kd_sn, UNIT, D0, D, D1).to(tl.float32), FEATURE, False)
+                store_rows(GKD_at, slope * gsum1[None, :], token, live, gkd_sn, UNIT, D0, D, D1)
+        else:
+            dp0 += gsum0[None, :]
+            if D1 > 0:
+                dp1 += gsum1[None, :]
+        GK_at = GK + at * gk_sn * UNIT
+        store_rows(GK_at, dp0 * phi_slope(x0, FEATURE, False), token, live, gk_sn, UNIT, 0, D, D0)
+        if D1 > 0:
+            store_rows(GK_at, dp1 * phi_slope(x1, FEATURE, False), token, live, gk_sn, UNIT, D0, D, D1)
+
+
+# ---- launchers --------------------------------------------------------------------------------------------------------
+
+
+def narrow(D: int, E: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels of this file take it (else linear_attention_wide.py)."""
+    return dtype != torch.float32 and D <= 160 and E <= 160
+
+
+@lru_cache(None)
+def blocks(kernel: str, D: int, E: int) -> dict:
+    """Tiles, rows per step, warps and pipeline stages: one choice per kernel and head dims, from ahead-of-time reports."""
+    D0, D1 = head_tile(D)
+    E0, E1 = head_tile(E)
+    wide_state = D0 * E0 > 64 * 64
+    return dict(
+        D0=D0, D1=D1, E0=E0, E1=E1, BLOCK_N=64, num_warps=8 if wide_state else 4, num_stages=3
+    )  # fmt: skip
+
+
+def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
+    b, h, n, _ = tensor.stride()
+    return b // unit, h // unit, n // unit
+
+
+def _launched_on_tensor_device(launcher):
+    """Triton launches on the current device; go to the tensors' device first where that is another."""
+
+    @wraps(launcher)
+    def launch(*arguments):
+        device = on_device(arguments[0])
+        if device is None:
+            return launcher(*arguments)
+        with device:
+            return launcher(*arguments)
+
+    return launch
+
+
+# Keys of one head that a program of forward_short_kernel reads by itself (about 4 us of one SM's bandwidth).
+SHORT_BYTES = 384 * 1024
+
+
+@_launched_on_tensor_device
+def forward(q, k, v, q_denom, k_denom, feature_map, normalize, scale, eps, out, kv, k_sum):
+    """out = phi(q) (scale kv) / (phi(q_denom or q) . k_sum / M + eps); kv and k_sum are filled where given.
+
+    q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), out (B, H, N, E); kv (B, H, D, E) and k_sum (B, H, D) float32.
+    """
+    B, H, N, D = q.shape
+    M, E = v.shape[-2:]
+    if B * H == 0 or (N == 0 and kv is None):
+        return
+    if N == 0 or not narrow(D, E, q.dtype) or M * (D + E) * q.element_size() > SHORT_BYTES:
+        if kv is None:
+            kv = torch.empty(B, H, D, E, dtype=torch.float32, device=q.device)
+            k_sum = torch.empty(B, H, D, dtype=torch.float32, device=q.device)
+        state(k, v, k_denom, feature_map, kv, k_sum)
+        apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, 1.0 / M, eps, out)
+        return
+    qd = q if q_denom is None else q_denom
+    kd = k if k_denom is None else k_denom
+    unit = stride_unit(q, k, v, qd, kd, out)
+    config = blocks("forward_short", D, E)
+    # More runs than multiprocessors only repeat the state, unless the queries are many.
+    device = multiprocessors(q.device)
+    block = config["BLOCK_N"]
+    runs = max(1, min(-(-device // (B * H)), -(-N // block)), min(-(-4 * device // (B * H)), N // 1024), -(-N // 65536))
+    chunk = -(-N // (runs * block)) * block
+    forward_short_kernel[(B * H, -(-N // chunk))](
+        q, k, v, qd, kd, out, out if kv is None else kv, out if kv is None else k_sum, H, N, M, chunk,
+        *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(qd, unit), *_strides(kd, unit),
+        *_strides(out, unit), scale, 1.0 / M, eps,
+        D=D, E=E, FEATURE=feature_map, HAS_QD=q_denom is not None, HAS_KD=k_denom is not None, NORMALIZE=normalize,
+        STATE=kv is not None, UNIT=unit, **config,
+    )  # fmt: skip
+
+
+@_launched_on_tensor_device
+def state(k, v, k_denom, feature_map, kv, k_sum):
+    """kv = sum_j phi(k_j)^T v_j and k_sum = sum_j phi(k_denom or k)_j."""
+    B, H, M, D = k.shape
+    E = v.shape[-1]
+    if B * H == 0:
+        return
+    if not narrow(D, E, k.dtype):
+        wide.state(k, v, k_denom, feature_map, kv, k_sum)
+        return
+    kd = k if k_denom is None else k_denom
+    unit = stride_unit(k, v, kd)
+    splits, chunk = split_tokens(M, H, E, 1, multiprocessors(k.device))
+    part, kv_part, sum_part = _partials(splits, kv, k_sum)
+    state_kernel[(B * H, splits)](
+        k, v, kd, kv_part, sum_part, H, M, chunk, *_strides(k, unit), *_strides(v, unit), *_strides(kd, unit),
+        D=D, E=E, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **blocks("state", D, E),
+    )  # fmt: skip
+    if splits > 1:
+        reduce_partials(part, splits, kv, k_sum)
+
+
+def _partials(splits: int, kv: torch.Tensor, k_sum: torch.Tensor):
+    """One workspace for the partials of all splits, and its two parts; the outputs themselves where there is one split."""
+    if splits == 1:
+        return None, kv, k_sum
+    part = torch.empty(splits * (kv.numel() + k_sum.numel()), dtype=torch.float32, device=kv.device)
+    return part, part, part[splits * kv.numel() :]
+
+
+@_launched_on_tensor_device
+def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, out):
+    """out = phi(q) (scale kv) / (phi(q_denom or q) . k_sum inv_count + eps); no division unless normalize."""
+    B, H, N, D = q.shape
+    E = out.shape[-1]
+    if B * H * N == 0:
+        return
+    if not narrow(D, E, q.dtype):
+        wide.apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, out)
+        return
+    qd = q if q_denom is None else q_denom
+    unit = stride_unit(q, qd, out)
+    config = blocks("apply", D, E)
+    runs, chunk = run_tokens(N, B * H, config["BLOCK_N"], multiprocessors(q.device))
+    apply_kernel[(B * H, runs)](
+        q, qd, kv, k_sum, out, H, N, chunk, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
+        scale, inv_count, eps,
+        D=D, E=E, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit, **config,
+    )  # fmt: skip
+
+
+@_launched_on_tensor_device
+def apply_backward(
+    grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
+    grad_q, grad_q_denom, grad_kv, grad_k_sum,
+):  # fmt: skip
+    """Gradients of apply. With p = phi(q), z the denominators and dP = scale * dO kv^T:
+
+    normalize: grad_kv = scale * sum_i (p_i / z_i)^T dO_i;  dz_i = -(p_i . dP_i) / z_i^2;
+    grad_k_sum = inv_count * sum_i dz_i phi(q_denom or q)_i;  grad_q = (dP / z [+ dz m]) phi'(q);
+    grad_q_denom = dz m phi'(q_denom), m = inv_count k_sum. Otherwise z = 1 and dz = 0.
+    """
+    B, H, N, D = q.shape
+    E = grad_out.shape[-1]
+    if B * H == 0:
+        return
+    if N == 0:
+        grad_kv.zero_()
+        grad_k_sum.zero_()
+        return
+    if grad_q_denom is not None and not normalize:
+        grad_q_denom.zero_()
+        q_denom = grad_q_denom = None
+    if not narrow(D, E, q.dtype):
+        wide.apply_backward(
+            grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
+            grad_q, grad_q_denom, grad_kv, grad_k_sum,
+        )  # fmt: skip
+        return
+    qd, gqd = (q, grad_q) if q_denom is None else (q_denom, grad_q_denom)
+    unit = stride_unit(grad_out, q, qd, grad_q, gqd)
+    splits, chunk = split_tokens(N, H, E, 1, multiprocessors(q.device))
+    part, kv_part, sum_part = _partials(splits, grad_kv, grad_k_sum)
+    apply_backward_kernel[(B * H, splits)](
+        grad_out, q, qd, kv, k_sum, grad_q, gqd, kv_part, sum_part, H, N, chunk,
+        *_strides(grad_out, unit), *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit),
+        *_strides(gqd, unit), scale, inv_count, eps,
+        D=D, E=E, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit,
+        **blocks("apply_backward", D, E),
+    )  # fmt: skip
+    if splits > 1:
+        reduce_partials(part, splits, grad_kv, grad_k_sum)
+
+
+@_launched_on_tensor_device
+def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom):
+    """grad_v = phi(k) grad_kv; grad_k = (v grad_kv^T [+ grad_k_sum]) phi'(k); grad_k_denom = grad_k_sum phi'(k_denom)."""
+    B, H, M, D = k.shape
+    E = v.shape[-1]
+    if B * H == 0:
+        return
+    if not narrow(D, E, k.dtype):
+        wide.state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom)
+        return
+    kd, gkd = (k, grad_k) if k_denom is None else (k_denom, grad_k_denom)
+    unit = stride_unit(k, v, kd, grad_k, grad_v, gkd)
+    config = blocks("state_backward", D, E)
+    runs, chunk = run_tokens(M, B * H, config["BLOCK_N"], multiprocessors(k.device))
+    state_backward_kernel[(B * H, runs)](
+        grad_kv, grad_k_sum, k, v, kd, grad_k, grad_v, gkd, H, M, chunk,
+        *_strides(k, unit), *_strides(v, unit), *_strides(kd, unit), *_strides(grad_k, unit), *_strides(grad_v, unit),
+        *_strides(gkd, unit),
+        D=D, E=E, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **config,
+    )  # fmt: skip
