@@ -4,7 +4,7 @@ Ops are registered under `torch.ops.linattn` and offered here with documentation
 and the compiled libraries are used where they are present (`python -m linattn` says which and why).
 """
 
-from . import _library, reference
+from . import reference
 from ._version import __version__
 from .backend import use_backend
 from .ops.linear_attention import linear_attention, linear_attention_apply, linear_attention_state

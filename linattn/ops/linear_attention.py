@@ -117,7 +117,20 @@ def _reference_apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_c
 
 
 def _reference_apply_backward(
-    grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, grad_q, grad_q_denom, grad_kv, grad_sum
+    grad_out,
+    q,
+    q_denom,
+    kv,
+    k_sum,
+    feature_map,
+    normalize,
+    scale,
+    inv_count,
+    eps,
+    grad_q,
+    grad_q_denom,
+    grad_kv,
+    grad_sum,
 ) -> None:
     results = reference.linear_attention_apply_backward(
         grad_out, q, kv, k_sum * inv_count, 1, FEATURE_MAPS[feature_map], normalize, scale, eps, q_denom
@@ -196,9 +209,7 @@ def _allocate_forward(q, k, v, keep_state, **_) -> tuple[Tensor, Tensor, Tensor]
     return empty_like_heads(q, v.shape[-1]), *state
 
 
-def _launch_forward(
-    kernel, outputs, q, k, v, feature_map, normalize, scale, eps, q_denom, k_denom, keep_state
-) -> None:
+def _launch_forward(kernel, outputs, q, k, v, feature_map, normalize, scale, eps, q_denom, k_denom, keep_state) -> None:
     out, kv, k_sum = outputs
     scale = 1 / k.shape[2] if scale is None else scale
     state = (kv, k_sum) if keep_state else (None, None)
@@ -538,6 +549,4 @@ def linear_attention_apply(
 
     Raises: as :func:`linear_attention`, and ValueError for count < 1.
     """
-    return overload("linear_attention_apply")(
-        q, kv, k_sum, count, feature_map, normalize, scale, eps, q_denom
-    )
+    return overload("linear_attention_apply")(q, kv, k_sum, count, feature_map, normalize, scale, eps, q_denom)

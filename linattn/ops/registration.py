@@ -14,7 +14,6 @@ Three kinds of op live in the namespace `linattn`:
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,10 +79,22 @@ def _raise_double_backward(name: str) -> Callable:
     return backward
 
 
-def _bound(signature: inspect.Signature, args, kwargs) -> dict:
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
+class _Arguments:
+    """Names the arguments of a call and fills in the defaults, which the dispatcher drops.
+
+    What inspect.Signature.bind does, without its checks, which the dispatcher has made: every call of every op passes
+    through here.
+    """
+
+    def __init__(self, schema: torch._C.FunctionSchema):
+        self._template = {argument.name: argument.default_value for argument in schema.arguments}
+        self._names = tuple(self._template)
+
+    def __call__(self, args, kwargs) -> dict:
+        bound = self._template.copy()
+        bound.update(zip(self._names, args, strict=False))
+        bound.update(kwargs)
+        return bound
 
 
 @dataclass(frozen=True)
@@ -123,12 +134,12 @@ def register(op: Op) -> torch._ops.OpOverload:
     name, qualified = op.name, f"{NAMESPACE}::{op.name}"
     _library.define(op.schema)
     overloaded = overload(name)
-    signature = _signature(overloaded._schema)
+    bound = _Arguments(overloaded._schema)
     if not name.startswith("_"):
         _public.append(name)
 
     def run(*args, **kwargs):
-        arguments = _bound(signature, args, kwargs)
+        arguments = bound(args, kwargs)
         op.check(**arguments)
         chosen = arguments[op.selector]
         which = backend.choose(name, chosen.device, chosen.dtype)
@@ -137,21 +148,21 @@ def register(op: Op) -> torch._ops.OpOverload:
         return outputs
 
     def fake(*args, **kwargs):
-        arguments = _bound(signature, args, kwargs)
+        arguments = bound(args, kwargs)
         op.check(**arguments)
         return op.allocate(**arguments)
 
     def setup_context(ctx, inputs, output):
         if op.save is not None:
-            op.save(ctx, dict(zip(signature.parameters, inputs, strict=True)), output)
+            op.save(ctx, bound(inputs, {}), output)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_autograd(
         qualified, op.backward or _raise_double_backward(name), setup_context=setup_context, lib=_library
     )
-    torch.library.register_vmap(qualified, _batch_rule(overloaded, signature), lib=_library)
-    _register_autocast(name, overloaded, signature, op.cast)
+    torch.library.register_vmap(qualified, _batch_rule(overloaded), lib=_library)
+    _register_autocast(name, overloaded, bound, op.cast)
     if op.flops is not None:
         register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(op.flops)
     return overloaded
@@ -159,7 +170,7 @@ def register(op: Op) -> torch._ops.OpOverload:
 
 @dataclass(frozen=True)
 class Composite:
-    """An op written in terms of dispatched ops; autograd, vmap and the fake come from those."""
+    """An op written in terms of dispatched ops; autograd and the fake come from those."""
 
     schema: str
     body: Callable
@@ -172,21 +183,15 @@ def register_composite(op: Composite) -> torch._ops.OpOverload:
     _library.define(op.schema)
     overloaded = overload(name)
     _public.append(name)
+    bound = _Arguments(overloaded._schema)
     _library.impl(name, op.body, "CompositeImplicitAutograd")
-    _register_autocast(name, overloaded, _signature(overloaded._schema), op.cast)
+    # vmap does not decompose composites that are written in Python: without a rule it would loop, with a warning.
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _batch_rule(overloaded), lib=_library)
+    _register_autocast(name, overloaded, bound, op.cast)
     return overloaded
 
 
-def _signature(schema: torch._C.FunctionSchema) -> inspect.Signature:
-    """The schema's arguments and defaults as a Python signature (the dispatcher drops arguments at their default)."""
-    parameters = []
-    for argument in schema.arguments:
-        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
-        parameters.append(inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
-    return inspect.Signature(parameters)
-
-
-def _register_autocast(name: str, op, signature: inspect.Signature, cast: Sequence[str]) -> None:
+def _register_autocast(name: str, op, bound: _Arguments, cast: Sequence[str]) -> None:
     """Cast to the type that autocast has now; torch.library.register_autocast knows a fixed type only."""
     if not cast:
         return
@@ -195,7 +200,7 @@ def _register_autocast(name: str, op, signature: inspect.Signature, cast: Sequen
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def kernel(*args, **kwargs):
-            arguments = _bound(signature, args, kwargs)
+            arguments = bound(args, kwargs)
             dtype = torch.get_autocast_dtype(device_type)
             for argument in cast:
                 x = arguments[argument]
@@ -210,7 +215,7 @@ def _register_autocast(name: str, op, signature: inspect.Signature, cast: Sequen
         _library.impl(name, kernel_for(device_type, key), key)
 
 
-def _batch_rule(op, signature: inspect.Signature) -> Callable:
+def _batch_rule(op) -> Callable:
     """vmap as a reshape: every tensor of every op begins with a batch dimension, the mapped one is folded into it."""
 
     def rule(info, in_dims, *args):
