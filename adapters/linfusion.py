@@ -26,6 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 import linattn
+from linattn.ops.linear_attention import FEATURE_MAPS
 
 from ._mount import Mount, base_layer, find_unet, is_fused
 
@@ -115,6 +116,8 @@ class LinearAttention(Attention):
     ):
         if query_dim % heads:
             raise ValueError(f"query_dim must be a multiple of heads, got {query_dim=}, {heads=}")
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
         super().__init__(query_dim, heads=heads, dim_head=query_dim // heads, processor=LinearAttnProcessor())
         self.head_dim = query_dim // heads
         self.feature_map = feature_map
