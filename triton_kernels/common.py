@@ -31,7 +31,10 @@ _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _exp(x, EXACT: tl.constexpr):
-    """exp in float32. EXACT: the rounding error of x * log2(e), up to |x| ulp in the result, is carried along."""
+    """exp in float32. EXACT: the rounding error of x * log2(e), up to |x| ulp in the result, is carried along.
+
+    (exp2 compiles to one flushing MUFU; tl.exp would add four instructions to keep subnormal results.)
+    """
     if EXACT:
         x = tl.where(x < -104.0, -104.0, x)  # exp(-104) is 0 in float32; -inf would make the correction NaN
         high = x * _LOG2E
@@ -39,7 +42,7 @@ def _exp(x, EXACT: tl.constexpr):
         power = tl.exp2(high)
         return power + power * (low * _LN2)
     else:
-        return tl.exp(x)
+        return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
@@ -54,10 +57,10 @@ def phi(x, FEATURE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def phi_slope(x, FEATURE: tl.constexpr, EXACT: tl.constexpr):
-    """phi'(x)."""
+def phi_slope(x, p, FEATURE: tl.constexpr):
+    """phi'(x), given p = phi(x)."""
     if FEATURE == ELU1:
-        return tl.where(x > 0, 1.0, _exp(x, EXACT))
+        return tl.where(x > 0, 1.0, p)
     elif FEATURE == RELU:
         return tl.where(x > 0, 1.0, 0.0)
     else:
@@ -65,18 +68,44 @@ def phi_slope(x, FEATURE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, token, live, stride, UNIT: tl.constexpr, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first .. first + BLOCK of the given tokens; 0 where the token is not live or the column >= WIDTH."""
+def load_rows(
+    base, token, live, stride, UNIT: tl.constexpr, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr = True, INSIDE: tl.constexpr = False,
+):  # fmt: skip
+    """Columns first .. first + BLOCK of the given tokens; 0 where the token is not live or the column >= WIDTH.
+
+    MASKED = False promises that all tokens are live, INSIDE = True that all columns are below WIDTH.
+    """
     column = first + tl.arange(0, BLOCK)
     at = base + token.to(tl.int64)[:, None] * stride * UNIT + column[None, :]
-    return tl.load(at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+    if INSIDE:
+        if MASKED:
+            return tl.load(at, mask=live[:, None], other=0.0)
+        else:
+            return tl.load(at)
+    elif MASKED:
+        return tl.load(at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(base, value, token, live, stride, UNIT: tl.constexpr, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(
+    base, value, token, live, stride, UNIT: tl.constexpr, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr = True, INSIDE: tl.constexpr = False,
+):  # fmt: skip
     column = first + tl.arange(0, BLOCK)
     at = base + token.to(tl.int64)[:, None] * stride * UNIT + column[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=live[:, None] & (column < WIDTH)[None, :])
+    value = value.to(base.dtype.element_ty)
+    if INSIDE:
+        if MASKED:
+            tl.store(at, value, mask=live[:, None])
+        else:
+            tl.store(at, value)
+    elif MASKED:
+        tl.store(at, value, mask=live[:, None] & (column < WIDTH)[None, :])
+    else:
+        tl.store(at, value, mask=(column < WIDTH)[None, :])
 
 
 @triton.jit
@@ -127,6 +156,24 @@ def reduce_kernel(PART0, PART1, OUT0, OUT1, size0, size1, splits, BLOCK: tl.cons
         for split in range(0, splits):
             total += tl.load(PART0 + split * tl.cast(size, tl.int64) + at, mask=at < size, other=0.0)
         tl.store(OUT0 + at, total, mask=at < size)
+
+
+@triton.jit
+def vector_operand(vector, fit, DTYPE: tl.constexpr):
+    """A float32 vector times fit as a [D, 16] right operand whose columns add up to it: three terms of DTYPE, then zeros.
+
+    A product with it is phi(x) . vector in the tensor core, at float32's precision, with the very operand (and in the
+    very register layout) that the numerator uses.
+    """
+    value = vector * fit
+    high = value.to(DTYPE)
+    rest = tl.where(tl.abs(value) < float("inf"), value - high.to(tl.float32), 0.0)  # inf - inf would be NaN
+    middle = rest.to(DTYPE)
+    low = (rest - middle.to(tl.float32)).to(DTYPE)
+    column = tl.arange(0, 16)[None, :]
+    terms = tl.where(column == 1, middle.to(tl.float32)[:, None], low.to(tl.float32)[:, None])
+    terms = tl.where(column == 0, high.to(tl.float32)[:, None], terms)
+    return tl.where(column < 3, terms, 0.0).to(DTYPE)
 
 
 def head_tile(width: int) -> tuple[int, int]:

@@ -50,9 +50,73 @@ from .common import (
     store_matrix,
     store_rows,
     stride_unit,
+    vector_operand,
 )
 
 # ---- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(
+    base, token, live, stride, UNIT: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    return load_rows(base, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED, WIDTH >= FIRST + BLOCK)
+
+
+@triton.jit
+def _store(
+    base, value, token, live, stride, UNIT: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    store_rows(base, value, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED, WIDTH >= FIRST + BLOCK)
+
+
+@triton.jit
+def _phi_rounded(
+    base, token, live, stride, UNIT: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURE: tl.constexpr, MASKED: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """phi of a block of rows in the input dtype; ZERO: 0 instead of phi(0) in the rows of dead tokens."""
+    x = _load(base, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED)
+    p = phi(x.to(tl.float32), FEATURE, False)
+    if MASKED and ZERO:
+        p = tl.where(live[:, None], p, 0.0)
+    return p.to(base.dtype.element_ty)
+
+
+@triton.jit
+def _accumulate_step(
+    start, hi, K, V, KD, k_sn, v_sn, kd_sn, ones, kv00, kv01, kv10, kv11, sum0, sum1,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds tokens start .. start + BLOCK_N (MASKED: those below hi) to the state."""
+    at = tl.cast(start, tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    live = start + token < hi
+    K += at * k_sn * UNIT
+    V += at * v_sn * UNIT
+    p0 = tl.trans(_phi_rounded(K, token, live, k_sn, UNIT, 0, D, D0, FEATURE, MASKED, True))
+    v0 = _load(V, token, live, v_sn, UNIT, 0, E, E0, MASKED)
+    kv00 = tl.dot(p0, v0, kv00)
+    if E1 > 0:
+        v1 = _load(V, token, live, v_sn, UNIT, E0, E, E1, MASKED)
+        kv01 = tl.dot(p0, v1, kv01)
+    if D1 > 0:
+        p1 = tl.trans(_phi_rounded(K, token, live, k_sn, UNIT, D0, D, D1, FEATURE, MASKED, True))
+        kv10 = tl.dot(p1, v0, kv10)
+        if E1 > 0:
+            kv11 = tl.dot(p1, v1, kv11)
+    if HAS_DENOM:
+        KD += at * kd_sn * UNIT
+        p0 = tl.trans(_phi_rounded(KD, token, live, kd_sn, UNIT, 0, D, D0, FEATURE, MASKED, True))
+        if D1 > 0:
+            p1 = tl.trans(_phi_rounded(KD, token, live, kd_sn, UNIT, D0, D, D1, FEATURE, MASKED, True))
+    sum0 = tl.dot(p0, ones, sum0)
+    if D1 > 0:
+        sum1 = tl.dot(p1, ones, sum1)
+    return kv00, kv01, kv10, kv11, sum0, sum1
 
 
 @triton.jit
@@ -63,49 +127,26 @@ def accumulate_state(
 ):  # fmt: skip
     """kv in up to four blocks and k_sum in up to two, summed over tokens lo .. hi of one head.
 
-    k_sum is a product with a column of ones, so it rounds and accumulates exactly as kv does.
+    k_sum is a product with ones, so it rounds and accumulates exactly as kv does. Rows past D hold sums of phi(0) v.
     """
-    dtype: tl.constexpr = K.dtype.element_ty
     kv00 = tl.zeros([D0, E0], tl.float32)
     kv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
     kv10 = tl.zeros([D1 if D1 > 0 else 16, E0], tl.float32)
     kv11 = tl.zeros([D1 if D1 > 0 else 16, E1 if E1 > 0 else 16], tl.float32)
     sum0 = tl.zeros([D0, 16], tl.float32)
     sum1 = tl.zeros([D1 if D1 > 0 else 16, 16], tl.float32)
-    ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(dtype)
-    token = tl.arange(0, BLOCK_N)
-    in0 = tl.arange(0, D0) < D
-    for start in range(lo, hi, BLOCK_N):
-        at = tl.cast(start, tl.int64)
-        live = start + token < hi
-        K_at = K + at * k_sn * UNIT
-        V_at = V + at * v_sn * UNIT
-        k0 = load_rows(K_at, token, live, k_sn, UNIT, 0, D, D0)
-        v0 = load_rows(V_at, token, live, v_sn, UNIT, 0, E, E0)
-        p0 = phi(k0.to(tl.float32), FEATURE, False)
-        p0 = tl.trans(tl.where(live[:, None] & in0[None, :], p0, 0.0).to(dtype))
-        kv00 = tl.dot(p0, v0, kv00)
-        if E1 > 0:
-            v1 = load_rows(V_at, token, live, v_sn, UNIT, E0, E, E1)
-            kv01 = tl.dot(p0, v1, kv01)
-        if D1 > 0:
-            in1 = D0 + tl.arange(0, D1) < D
-            k1 = load_rows(K_at, token, live, k_sn, UNIT, D0, D, D1)
-            p1 = phi(k1.to(tl.float32), FEATURE, False)
-            p1 = tl.trans(tl.where(live[:, None] & in1[None, :], p1, 0.0).to(dtype))
-            kv10 = tl.dot(p1, v0, kv10)
-            if E1 > 0:
-                kv11 = tl.dot(p1, v1, kv11)
-        if HAS_DENOM:
-            KD_at = KD + at * kd_sn * UNIT
-            p0 = phi(load_rows(KD_at, token, live, kd_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False)
-            p0 = tl.trans(tl.where(live[:, None] & in0[None, :], p0, 0.0).to(dtype))
-            if D1 > 0:
-                p1 = phi(load_rows(KD_at, token, live, kd_sn, UNIT, D0, D, D1).to(tl.float32), FEATURE, False)
-                p1 = tl.trans(tl.where(live[:, None] & in1[None, :], p1, 0.0).to(dtype))
-        sum0 = tl.dot(p0, ones, sum0)
-        if D1 > 0:
-            sum1 = tl.dot(p1, ones, sum1)
+    ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(K.dtype.element_ty)
+    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    for start in range(lo, whole, BLOCK_N):
+        kv00, kv01, kv10, kv11, sum0, sum1 = _accumulate_step(
+            start, hi, K, V, KD, k_sn, v_sn, kd_sn, ones, kv00, kv01, kv10, kv11, sum0, sum1,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N, False,
+        )  # fmt: skip
+    if whole < hi:
+        kv00, kv01, kv10, kv11, sum0, sum1 = _accumulate_step(
+            whole, hi, K, V, KD, k_sn, v_sn, kd_sn, ones, kv00, kv01, kv10, kv11, sum0, sum1,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N, True,
+        )  # fmt: skip
     first = tl.arange(0, 16)[None, :] == 0
     return kv00, kv01, kv10, kv11, tl.sum(tl.where(first, sum0, 0.0), 1), tl.sum(tl.where(first, sum1, 0.0), 1)
 
@@ -174,49 +215,73 @@ def round_state(kv00, kv01, kv10, kv11, D1: tl.constexpr, E1: tl.constexpr, DTYP
 
 
 @triton.jit
+def round_vector(vector0, vector1, D1: tl.constexpr, DTYPE: tl.constexpr):
+    """Right operands for phi(x) . vector, and the factor that undoes their scaling (1 for bfloat16)."""
+    fit = 1.0
+    if DTYPE == tl.float16:
+        peak = tl.max(tl.abs(vector0), 0)
+        if D1 > 0:
+            peak = tl.maximum(peak, tl.max(tl.abs(vector1), 0))
+        fit = fit_float16(peak)
+    return vector_operand(vector0, fit, DTYPE), vector_operand(vector1, fit, DTYPE), 1.0 / fit
+
+
+@triton.jit
+def _emit_step(
+    start, hi, Q, QD, OUT, q_sn, qd_sn, o_sn, w00, w01, w10, w11, mean0, mean1, mean_unscale, scale, eps,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    at = tl.cast(start, tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    live = start + token < hi
+    Q += at * q_sn * UNIT
+    OUT += at * o_sn * UNIT
+    p0 = _phi_rounded(Q, token, live, q_sn, UNIT, 0, D, D0, FEATURE, MASKED, False)
+    out0 = tl.dot(p0, w00)
+    if E1 > 0:
+        out1 = tl.dot(p0, w01)
+    if D1 > 0:
+        p1 = _phi_rounded(Q, token, live, q_sn, UNIT, D0, D, D1, FEATURE, MASKED, False)
+        out0 = tl.dot(p1, w10, out0)
+        if E1 > 0:
+            out1 = tl.dot(p1, w11, out1)
+    factor = scale
+    if NORMALIZE:
+        if HAS_DENOM:
+            QD += at * qd_sn * UNIT
+            p0 = _phi_rounded(QD, token, live, qd_sn, UNIT, 0, D, D0, FEATURE, MASKED, False)
+            if D1 > 0:
+                p1 = _phi_rounded(QD, token, live, qd_sn, UNIT, D0, D, D1, FEATURE, MASKED, False)
+        z = tl.dot(p0, mean0)
+        if D1 > 0:
+            z = tl.dot(p1, mean1, z)
+        factor = (scale / (tl.sum(z, 1) * mean_unscale + eps))[:, None]
+    _store(OUT, out0 * factor, token, live, o_sn, UNIT, 0, E, E0, MASKED)
+    if E1 > 0:
+        _store(OUT, out1 * factor, token, live, o_sn, UNIT, E0, E, E1, MASKED)
+
+
+@triton.jit
 def emit_output(
     Q, QD, OUT, lo, hi, q_sn, qd_sn, o_sn, w00, w01, w10, w11, mean0, mean1, scale, eps,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out rows lo .. hi of one head from the rounded state. Lanes past D hold phi(0), and meet zeros in w and mean."""
-    dtype: tl.constexpr = Q.dtype.element_ty
-    token = tl.arange(0, BLOCK_N)
-    for start in range(lo, hi, BLOCK_N):
-        at = tl.cast(start, tl.int64)
-        live = start + token < hi
-        Q_at = Q + at * q_sn * UNIT
-        p0 = phi(load_rows(Q_at, token, live, q_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False).to(dtype)
-        out0 = tl.dot(p0, w00)
-        if E1 > 0:
-            out1 = tl.dot(p0, w01)
-        if D1 > 0:
-            p1 = phi(load_rows(Q_at, token, live, q_sn, UNIT, D0, D, D1).to(tl.float32), FEATURE, False).to(dtype)
-            out0 = tl.dot(p1, w10, out0)
-            if E1 > 0:
-                out1 = tl.dot(p1, w11, out1)
-        if NORMALIZE:
-            if HAS_DENOM:
-                QD_at = QD + at * qd_sn * UNIT
-                p0 = phi(load_rows(QD_at, token, live, qd_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False).to(dtype)
-                if D1 > 0:
-                    x1 = load_rows(QD_at, token, live, qd_sn, UNIT, D0, D, D1).to(tl.float32)
-                    p1 = phi(x1, FEATURE, False).to(dtype)
-            z = tl.sum(p0.to(tl.float32) * mean0[None, :], 1) + eps
-            if D1 > 0:
-                z += tl.sum(p1.to(tl.float32) * mean1[None, :], 1)
-            factor = (scale / z)[:, None]
-            out0 = out0 * factor
-            if E1 > 0:
-                out1 = out1 * factor
-        else:
-            out0 = out0 * scale
-            if E1 > 0:
-                out1 = out1 * scale
-        OUT_at = OUT + at * o_sn * UNIT
-        store_rows(OUT_at, out0, token, live, o_sn, UNIT, 0, E, E0)
-        if E1 > 0:
-            store_rows(OUT_at, out1, token, live, o_sn, UNIT, E0, E, E1)
+    m0, m1, unscale = round_vector(mean0, mean1, D1, Q.dtype.element_ty)
+    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    for start in range(lo, whole, BLOCK_N):
+        _emit_step(
+            start, hi, Q, QD, OUT, q_sn, qd_sn, o_sn, w00, w01, w10, w11, m0, m1, unscale, scale, eps,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, False,
+        )  # fmt: skip
+    if whole < hi:
+        _emit_step(
+            whole, hi, Q, QD, OUT, q_sn, qd_sn, o_sn, w00, w01, w10, w11, m0, m1, unscale, scale, eps,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, True,
+        )  # fmt: skip
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------------
@@ -299,6 +364,15 @@ def forward_short_kernel(
             store_state(
                 KV + at * (D * E), KSUM + at * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
             )
+    in0 = (tl.arange(0, D0) < D)[:, None]  # rows past D would meet phi(0) of q's lanes past D
+    kv00 = tl.where(in0, kv00, 0.0)
+    kv01 = tl.where(in0, kv01, 0.0)
+    sum0 = tl.where(tl.arange(0, D0) < D, sum0, 0.0)
+    if D1 > 0:
+        in1 = (D0 + tl.arange(0, D1) < D)[:, None]
+        kv10 = tl.where(in1, kv10, 0.0)
+        kv11 = tl.where(in1, kv11, 0.0)
+        sum1 = tl.where(D0 + tl.arange(0, D1) < D, sum1, 0.0)
     w00, w01, w10, w11, unscale = round_state(kv00, kv01, kv10, kv11, D1, E1, Q.dtype.element_ty)
     lo = run * chunk
     hi = tl.minimum(lo + chunk, tokens)
@@ -308,6 +382,96 @@ def forward_short_kernel(
         w00, w01, w10, w11, sum0 * inv_count, sum1 * inv_count, scale * unscale, eps,
         D, E, D0, D1, E0, E1, FEATURE, HAS_QD, NORMALIZE, UNIT, BLOCK_N,
     )  # fmt: skip
+
+
+@triton.jit
+def _apply_backward_step(
+    start, hi, G, Q, QD, GQ, GQD, g_sn, q_sn, qd_sn, gq_sn, gqd_sn, w00, w01, w10, w11, unscale, mean0, mean1, eps,
+    gkv00, gkv01, gkv10, gkv11, gsum0, gsum1,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = Q.dtype.element_ty
+    at = tl.cast(start, tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    live = start + token < hi
+    G += at * g_sn * UNIT
+    Q += at * q_sn * UNIT
+    GQ += at * gq_sn * UNIT
+    g0 = _load(G, token, live, g_sn, UNIT, 0, E, E0, MASKED)
+    x0 = _load(Q, token, live, q_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
+    p0 = phi(x0, FEATURE, False)
+    a0 = p0
+    dp0 = tl.dot(g0, tl.trans(w00))
+    if E1 > 0:
+        g1 = _load(G, token, live, g_sn, UNIT, E0, E, E1, MASKED)
+        dp0 = tl.dot(g1, tl.trans(w01), dp0)
+    dp0 *= unscale
+    if D1 > 0:
+        x1 = _load(Q, token, live, q_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
+        p1 = phi(x1, FEATURE, False)
+        a1 = p1
+        dp1 = tl.dot(g0, tl.trans(w10))
+        if E1 > 0:
+            dp1 = tl.dot(g1, tl.trans(w11), dp1)
+        dp1 *= unscale
+    if NORMALIZE:
+        y0 = x0
+        r0 = p0
+        if HAS_DENOM:
+            QD += at * qd_sn * UNIT
+            y0 = _load(QD, token, live, qd_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
+            r0 = phi(y0, FEATURE, False)
+        z = tl.sum(r0 * mean0[None, :], 1) + eps
+        dot = tl.sum(p0 * dp0, 1)
+        if D1 > 0:
+            y1 = x1
+            r1 = p1
+            if HAS_DENOM:
+                y1 = _load(QD, token, live, qd_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
+                r1 = phi(y1, FEATURE, False)
+            z += tl.sum(r1 * mean1[None, :], 1)
+            dot += tl.sum(p1 * dp1, 1)
+        inv_z = 1.0 / z
+        if MASKED:
+            inv_z = tl.where(live, inv_z, 0.0)  # z of a dead row may be 0
+        dz_z = -dot * inv_z
+        dz = dz_z * inv_z
+        a0 = p0 * inv_z[:, None]
+        dp0 *= inv_z[:, None]
+        if D1 > 0:
+            a1 = p1 * inv_z[:, None]
+            dp1 *= inv_z[:, None]
+        # sum_i dz_i phi_i = sum_i (phi_i / z_i) (dz_i z_i): one more column of the product that gives grad_kv.
+        weight = vector_operand(dz_z, 1.0, dtype)
+        if HAS_DENOM:
+            GQD += at * gqd_sn * UNIT
+            dy = dz[:, None] * mean0[None, :] * phi_slope(y0, r0, FEATURE)
+            _store(GQD, dy, token, live, gqd_sn, UNIT, 0, D, D0, MASKED)
+            gsum0 = tl.dot(tl.trans((r0 * inv_z[:, None]).to(dtype)), weight, gsum0)
+            if D1 > 0:
+                dy = dz[:, None] * mean1[None, :] * phi_slope(y1, r1, FEATURE)
+                _store(GQD, dy, token, live, gqd_sn, UNIT, D0, D, D1, MASKED)
+                gsum1 = tl.dot(tl.trans((r1 * inv_z[:, None]).to(dtype)), weight, gsum1)
+        else:
+            dp0 += dz[:, None] * mean0[None, :]
+            gsum0 = tl.dot(tl.trans(a0.to(dtype)), weight, gsum0)
+            if D1 > 0:
+                dp1 += dz[:, None] * mean1[None, :]
+                gsum1 = tl.dot(tl.trans(a1.to(dtype)), weight, gsum1)
+    _store(GQ, dp0 * phi_slope(x0, p0, FEATURE), token, live, gq_sn, UNIT, 0, D, D0, MASKED)
+    a0 = tl.trans(a0.to(dtype))
+    gkv00 = tl.dot(a0, g0, gkv00)
+    if E1 > 0:
+        gkv01 = tl.dot(a0, g1, gkv01)
+    if D1 > 0:
+        _store(GQ, dp1 * phi_slope(x1, p1, FEATURE), token, live, gq_sn, UNIT, D0, D, D1, MASKED)
+        a1 = tl.trans(a1.to(dtype))
+        gkv10 = tl.dot(a1, g0, gkv10)
+        if E1 > 0:
+            gkv11 = tl.dot(a1, g1, gkv11)
+    return gkv00, gkv01, gkv10, gkv11, gsum0, gsum1
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
@@ -345,86 +509,83 @@ def apply_backward_kernel(
     gkv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
     gkv10 = tl.zeros([D1 if D1 > 0 else 16, E0], tl.float32)
     gkv11 = tl.zeros([D1 if D1 > 0 else 16, E1 if E1 > 0 else 16], tl.float32)
-    gsum0 = tl.zeros([D0], tl.float32)
-    gsum1 = tl.zeros([D1 if D1 > 0 else 16], tl.float32)
-    token = tl.arange(0, BLOCK_N)
-    for start in range(lo, hi, BLOCK_N):
-        at = tl.cast(start, tl.int64)
-        live = start + token < hi
-        G_at = G + at * g_sn * UNIT
-        Q_at = Q + at * q_sn * UNIT
-        g0 = load_rows(G_at, token, live, g_sn, UNIT, 0, E, E0)
-        x0 = load_rows(Q_at, token, live, q_sn, UNIT, 0, D, D0).to(tl.float32)
-        p0 = phi(x0, FEATURE, False).to(dtype).to(tl.float32)
-        dp0 = tl.dot(g0, tl.trans(w00))
-        if E1 > 0:
-            g1 = load_rows(G_at, token, live, g_sn, UNIT, E0, E, E1)
-            dp0 = tl.dot(g1, tl.trans(w01), dp0)
-        dp0 *= unscale
-        a0 = p0
-        if D1 > 0:
-            x1 = load_rows(Q_at, token, live, q_sn, UNIT, D0, D, D1).to(tl.float32)
-            p1 = phi(x1, FEATURE, False).to(dtype).to(tl.float32)
-            dp1 = tl.dot(g0, tl.trans(w10))
-            if E1 > 0:
-                dp1 = tl.dot(g1, tl.trans(w11), dp1)
-            dp1 *= unscale
-            a1 = p1
-        if NORMALIZE:
-            dot = tl.sum(p0 * dp0, 1)
-            if D1 > 0:
-                dot += tl.sum(p1 * dp1, 1)
-            y0 = x0
-            r0 = p0
-            if HAS_DENOM:
-                QD_at = QD + at * qd_sn * UNIT
-                y0 = load_rows(QD_at, token, live, qd_sn, UNIT, 0, D, D0).to(tl.float32)
-                r0 = phi(y0, FEATURE, False).to(dtype).to(tl.float32)
-            z = tl.sum(r0 * mean0[None, :], 1) + eps
-            if D1 > 0:
-                y1 = x1
-                r1 = p1
-                if HAS_DENOM:
-                    y1 = load_rows(QD_at, token, live, qd_sn, UNIT, D0, D, D1).to(tl.float32)
-                    r1 = phi(y1, FEATURE, False).to(dtype).to(tl.float32)
-                z += tl.sum(r1 * mean1[None, :], 1)
-            inv_z = tl.where(live, 1.0 / z, 0.0)  # z of a dead row may be 0
-            dz = -dot * inv_z * inv_z
-            gsum0 += tl.sum(r0 * dz[:, None], 0)
-            a0 = p0 * inv_z[:, None]
-            dp0 *= inv_z[:, None]
-            if D1 > 0:
-                gsum1 += tl.sum(r1 * dz[:, None], 0)
-                a1 = p1 * inv_z[:, None]
-                dp1 *= inv_z[:, None]
-            if HAS_DENOM:
-                GQD_at = GQD + at * gqd_sn * UNIT
-                dy = dz[:, None] * mean0[None, :] * phi_slope(y0, FEATURE, False)
-                store_rows(GQD_at, dy, token, live, gqd_sn, UNIT, 0, D, D0)
-                if D1 > 0:
-                    dy = dz[:, None] * mean1[None, :] * phi_slope(y1, FEATURE, False)
-                    store_rows(GQD_at, dy, token, live, gqd_sn, UNIT, D0, D, D1)
-            else:
-                dp0 += dz[:, None] * mean0[None, :]
-                if D1 > 0:
-                    dp1 += dz[:, None] * mean1[None, :]
-        GQ_at = GQ + at * gq_sn * UNIT
-        store_rows(GQ_at, dp0 * phi_slope(x0, FEATURE, False), token, live, gq_sn, UNIT, 0, D, D0)
-        a0 = tl.trans(a0.to(dtype))
-        gkv00 = tl.dot(a0, g0, gkv00)
-        if E1 > 0:
-            gkv01 = tl.dot(a0, g1, gkv01)
-        if D1 > 0:
-            store_rows(GQ_at, dp1 * phi_slope(x1, FEATURE, False), token, live, gq_sn, UNIT, D0, D, D1)
-            a1 = tl.trans(a1.to(dtype))
-            gkv10 = tl.dot(a1, g0, gkv10)
-            if E1 > 0:
-                gkv11 = tl.dot(a1, g1, gkv11)
+    gsum0 = tl.zeros([D0, 16], tl.float32)
+    gsum1 = tl.zeros([D1 if D1 > 0 else 16, 16], tl.float32)
+    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    for start in range(lo, whole, BLOCK_N):
+        gkv00, gkv01, gkv10, gkv11, gsum0, gsum1 = _apply_backward_step(
+            start, hi, G, Q, QD, GQ, GQD, g_sn, q_sn, qd_sn, gq_sn, gqd_sn, w00, w01, w10, w11, unscale, mean0, mean1,
+            eps, gkv00, gkv01, gkv10, gkv11, gsum0, gsum1,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, False,
+        )  # fmt: skip
+    if whole < hi:
+        gkv00, gkv01, gkv10, gkv11, gsum0, gsum1 = _apply_backward_step(
+            whole, hi, G, Q, QD, GQ, GQD, g_sn, q_sn, qd_sn, gq_sn, gqd_sn, w00, w01, w10, w11, unscale, mean0, mean1,
+            eps, gkv00, gkv01, gkv10, gkv11, gsum0, gsum1,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, True,
+        )  # fmt: skip
     slot = split.to(tl.int64) * tl.num_programs(0) + row
     store_state(
-        GKV + slot * (D * E), GKSUM + slot * D, gkv00, gkv01, gkv10, gkv11, gsum0, gsum1, scale, inv_count,
+        GKV + slot * (D * E), GKSUM + slot * D, gkv00, gkv01, gkv10, gkv11, tl.sum(gsum0, 1), tl.sum(gsum1, 1),
+        scale, inv_count,
         D, E, D0, D1, E0, E1,
     )  # fmt: skip
+
+
+@triton.jit
+def _state_backward_step(
+    start, hi, K, V, KD, GK, GV, GKD, k_sn, v_sn, kd_sn, gk_sn, gv_sn, gkd_sn, w00, w01, w10, w11, unscale,
+    gsum0, gsum1,
+    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = K.dtype.element_ty
+    at = tl.cast(start, tl.int64)
+    token = tl.arange(0, BLOCK_N)
+    live = start + token < hi
+    K += at * k_sn * UNIT
+    V += at * v_sn * UNIT
+    GK += at * gk_sn * UNIT
+    GV += at * gv_sn * UNIT
+    v0 = _load(V, token, live, v_sn, UNIT, 0, E, E0, MASKED)
+    x0 = _load(K, token, live, k_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
+    p0 = phi(x0, FEATURE, False)
+    gv0 = tl.dot(p0.to(dtype), w00)
+    dp0 = tl.dot(v0, tl.trans(w00))
+    if E1 > 0:
+        v1 = _load(V, token, live, v_sn, UNIT, E0, E, E1, MASKED)
+        gv1 = tl.dot(p0.to(dtype), w01)
+        dp0 = tl.dot(v1, tl.trans(w01), dp0)
+    dp0 *= unscale
+    if D1 > 0:
+        x1 = _load(K, token, live, k_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
+        p1 = phi(x1, FEATURE, False)
+        gv0 = tl.dot(p1.to(dtype), w10, gv0)
+        dp1 = tl.dot(v0, tl.trans(w10))
+        if E1 > 0:
+            gv1 = tl.dot(p1.to(dtype), w11, gv1)
+            dp1 = tl.dot(v1, tl.trans(w11), dp1)
+        dp1 *= unscale
+    _store(GV, gv0 * unscale, token, live, gv_sn, UNIT, 0, E, E0, MASKED)
+    if E1 > 0:
+        _store(GV, gv1 * unscale, token, live, gv_sn, UNIT, E0, E, E1, MASKED)
+    if HAS_DENOM:
+        KD += at * kd_sn * UNIT
+        GKD += at * gkd_sn * UNIT
+        y = _load(KD, token, live, kd_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
+        slope = phi_slope(y, phi(y, FEATURE, False), FEATURE)
+        _store(GKD, slope * gsum0[None, :], token, live, gkd_sn, UNIT, 0, D, D0, MASKED)
+        if D1 > 0:
+            y = _load(KD, token, live, kd_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
+            slope = phi_slope(y, phi(y, FEATURE, False), FEATURE)
+            _store(GKD, slope * gsum1[None, :], token, live, gkd_sn, UNIT, D0, D, D1, MASKED)
+    else:
+        dp0 += gsum0[None, :]
+        if D1 > 0:
+            dp1 += gsum1[None, :]
+    _store(GK, dp0 * phi_slope(x0, p0, FEATURE), token, live, gk_sn, UNIT, 0, D, D0, MASKED)
+    if D1 > 0:
+        _store(GK, dp1 * phi_slope(x1, p1, FEATURE), token, live, gk_sn, UNIT, D0, D, D1, MASKED)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
@@ -453,54 +614,20 @@ def state_backward_kernel(
     w00, w01, w10, w11 = load_state(GKV + at * (D * E), D, E, D0, D1, E0, E1)
     w00, w01, w10, w11, unscale = round_state(w00, w01, w10, w11, D1, E1, dtype)
     gsum0 = load_vector(GKSUM + at * D, tl.arange(0, D0), D)
+    gsum1 = gsum0
     if D1 > 0:
         gsum1 = load_vector(GKSUM + at * D, D0 + tl.arange(0, D1), D)
-    token = tl.arange(0, BLOCK_N)
-    for start in range(lo, hi, BLOCK_N):
-        at = tl.cast(start, tl.int64)
-        live = start + token < hi
-        K_at = K + at * k_sn * UNIT
-        V_at = V + at * v_sn * UNIT
-        x0 = load_rows(K_at, token, live, k_sn, UNIT, 0, D, D0).to(tl.float32)
-        v0 = load_rows(V_at, token, live, v_sn, UNIT, 0, E, E0)
-        p0 = phi(x0, FEATURE, False).to(dtype)
-        gv0 = tl.dot(p0, w00)
-        dp0 = tl.dot(v0, tl.trans(w00))
-        if E1 > 0:
-            v1 = load_rows(V_at, token, live, v_sn, UNIT, E0, E, E1)
-            gv1 = tl.dot(p0, w01)
-            dp0 = tl.dot(v1, tl.trans(w01), dp0)
-        if D1 > 0:
-            x1 = load_rows(K_at, token, live, k_sn, UNIT, D0, D, D1).to(tl.float32)
-            p1 = phi(x1, FEATURE, False).to(dtype)
-            gv0 = tl.dot(p1, w10, gv0)
-            dp1 = tl.dot(v0, tl.trans(w10))
-            if E1 > 0:
-                gv1 = tl.dot(p1, w11, gv1)
-                dp1 = tl.dot(v1, tl.trans(w11), dp1)
-        GV_at = GV + at * gv_sn * UNIT
-        store_rows(GV_at, gv0 * unscale, token, live, gv_sn, UNIT, 0, E, E0)
-        if E1 > 0:
-            store_rows(GV_at, gv1 * unscale, token, live, gv_sn, UNIT, E0, E, E1)
-        dp0 *= unscale
-        if D1 > 0:
-            dp1 *= unscale
-        if HAS_DENOM:
-            KD_at = KD + at * kd_sn * UNIT
-            GKD_at = GKD + at * gkd_sn * UNIT
-            slope = phi_slope(load_rows(KD_at, token, live, kd_sn, UNIT, 0, D, D0).to(tl.float32), FEATURE, False)
-            store_rows(GKD_at, slope * gsum0[None, :], token, live, gkd_sn, UNIT, 0, D, D0)
-            if D1 > 0:
-                slope = phi_slope(load_rows(KD_at, token, live, kd_sn, UNIT, D0, D, D1).to(tl.float32), FEATURE, False)
-                store_rows(GKD_at, slope * gsum1[None, :], token, live, gkd_sn, UNIT, D0, D, D1)
-        else:
-            dp0 += gsum0[None, :]
-            if D1 > 0:
-                dp1 += gsum1[None, :]
-        GK_at = GK + at * gk_sn * UNIT
-        store_rows(GK_at, dp0 * phi_slope(x0, FEATURE, False), token, live, gk_sn, UNIT, 0, D, D0)
-        if D1 > 0:
-            store_rows(GK_at, dp1 * phi_slope(x1, FEATURE, False), token, live, gk_sn, UNIT, D0, D, D1)
+    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    for start in range(lo, whole, BLOCK_N):
+        _state_backward_step(
+            start, hi, K, V, KD, GK, GV, GKD, k_sn, v_sn, kd_sn, gk_sn, gv_sn, gkd_sn, w00, w01, w10, w11, unscale,
+            gsum0, gsum1, D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N, False,
+        )  # fmt: skip
+    if whole < hi:
+        _state_backward_step(
+            whole, hi, K, V, KD, GK, GV, GKD, k_sn, v_sn, kd_sn, gk_sn, gv_sn, gkd_sn, w00, w01, w10, w11, unscale,
+            gsum0, gsum1, D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N, True,
+        )  # fmt: skip
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------

@@ -182,20 +182,23 @@ def _grad_q_columns(
     dtype: tl.constexpr = Q.dtype.element_ty
     exact: tl.constexpr = dtype == tl.float32
     x = load_rows(Q, token, live, q_sn, UNIT, first, D, C).to(tl.float32)
+    p = phi(x, FEATURE, exact)
     gsum = tl.zeros([C], tl.float32)
     if NORMALIZE:
         mean = load_vector(KSUM, first + tl.arange(0, C), D) * inv_count
         y = x
+        r = p
         if HAS_DENOM:
             y = load_rows(QD, token, live, qd_sn, UNIT, first, D, C).to(tl.float32)
-        gsum += tl.sum(phi(y, FEATURE, exact).to(dtype).to(tl.float32) * dz[:, None], 0)
+            r = phi(y, FEATURE, exact)
+        gsum += tl.sum(r * dz[:, None], 0)
         dp = dp * inv_z[:, None]
         dy = dz[:, None] * mean[None, :]
         if HAS_DENOM:
-            store_rows(GQD, dy * phi_slope(y, FEATURE, exact), token, live, gqd_sn, UNIT, first, D, C)
+            store_rows(GQD, dy * phi_slope(y, r, FEATURE), token, live, gqd_sn, UNIT, first, D, C)
         else:
             dp += dy
-    store_rows(GQ, dp * phi_slope(x, FEATURE, exact), token, live, gq_sn, UNIT, first, D, C)
+    store_rows(GQ, dp * phi_slope(x, p, FEATURE), token, live, gq_sn, UNIT, first, D, C)
     return gsum
 
 
@@ -300,11 +303,12 @@ def wide_grad_k_kernel(
         gsum = load_vector(GKSUM + at * D, first + tl.arange(0, columns), D)
         if HAS_DENOM:
             y = load_rows(KD, token, live, kd_sn, UNIT, first, D, columns).to(tl.float32)
-            store_rows(GKD, phi_slope(y, FEATURE, exact) * gsum[None, :], token, live, gkd_sn, UNIT, first, D, columns)
+            slope = phi_slope(y, phi(y, FEATURE, exact), FEATURE)
+            store_rows(GKD, slope * gsum[None, :], token, live, gkd_sn, UNIT, first, D, columns)
         else:
             dp += gsum[None, :]
         x = load_rows(K, token, live, k_sn, UNIT, first, D, columns).to(tl.float32)
-        store_rows(GK, dp * phi_slope(x, FEATURE, exact), token, live, gk_sn, UNIT, first, D, columns)
+        store_rows(GK, dp * phi_slope(x, phi(x, FEATURE, exact), FEATURE), token, live, gk_sn, UNIT, first, D, columns)
 
 
 # ---- launchers --------------------------------------------------------------------------------------------------------
