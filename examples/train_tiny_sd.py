@@ -1,6 +1,6 @@
-"""Train the Stable Diffusion pipeline that linattn ships, from scratch, on a CPU (about a quarter of an hour).
+"""Train the Stable Diffusion that linattn ships, from scratch, on a CPU (a quarter of an hour on two free cores).
 
-    python examples/train_tiny_sd.py --out linattn/bundled/tiny_sd
+    python examples/train_tiny_sd.py --out build/tiny_sd      (then put the folder in place of linattn/bundled/tiny_sd)
 
 Stock diffusers and transformers classes throughout, so that the result loads like any other Stable Diffusion:
 
@@ -394,14 +394,16 @@ def score(pipe: StableDiffusionPipeline, recipe: Recipe) -> dict:
         "free_prompt_accuracy": lambda digit: digits.prompt(digit, "my cat wrote the number {} yesterday"),
         "numeral_accuracy": str,
     }
-    real = evaluate.pixel_features(digits.render(digits.load().test))
-    some = np.random.default_rng(0).permutation(len(real))[: len(labels)]
+    split = digits.load()
+    real = evaluate.pixel_features(digits.render(split.test))
+    # The distance that as many real digits have, other ones than those of the comparison: no model needs to be nearer.
+    others = np.random.default_rng(0).permutation(split.train)[: len(labels)]
     scores = {
         "samples": len(labels),
         "steps": recipe.score_steps,
         "guidance_scale": recipe.score_guidance,
         "real_accuracy": evaluate.digit_classifier().held_out_accuracy,
-        "real_frechet_distance": evaluate.frechet_distance(real[some], real),
+        "real_frechet_distance": evaluate.frechet_distance(evaluate.pixel_features(digits.render(others)), real),
     }
     for name, caption in ways.items():
         drawn = evaluate.draw(
@@ -427,7 +429,7 @@ def write_half(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
     settings["dtype"] = "float32"
     config.write_text(json.dumps(settings, indent=2) + "\n")
     # How and from where this process had loaded the parts says nothing to a user.
-    for config in out.rglob("*config.json"):
+    for config in [out / "model_index.json", *out.rglob("*config.json")]:
         settings = json.loads(config.read_text())
         kept = {k: v for k, v in settings.items() if k not in ("_name_or_path", "is_local", "local_files_only")}
         if kept != settings:
@@ -488,6 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--diffusion-steps", type=int)
     parser.add_argument("--prompt-steps", type=int)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--note", default="", help="words for card.json, for example that the machine was busy")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two steps per stage: shows that it runs")
     args = parser.parse_args(arguments)
 
@@ -498,13 +501,15 @@ def main(arguments: list[str] | None = None) -> int:
     work = (args.work or out.with_name(out.name + ".stages")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in [*work.glob(".*-*"), *out.parent.glob(f".{out.name}-*")]:
+        shutil.rmtree(unfinished)  # of a run that was killed
     torch.set_num_threads(args.threads)
 
     stages = {"vae": run_stage("vae", recipe, work, train_vae)}
     stages["diffusion"] = run_stage("diffusion", recipe, work, train_diffusion, work / "vae")
     stages["prompts"] = run_stage("prompts", recipe, work, train_prompts, work / "diffusion")
 
-    fresh = pathlib.Path(tempfile.mkdtemp(prefix=".result-", dir=work))
+    fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     write_half(load_pipeline(work / "prompts"), fresh)
     say(f"scoring {3 * 10 * recipe.score_per_digit} pictures")
     start = time.perf_counter()
@@ -520,6 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
         "stages": stages,
         "seconds": round(sum(stage["seconds"] for stage in stages.values()), 1),
         "threads": args.threads,
+        "note": args.note,
         "scores": scores,
         "versions": {
             "python": platform.python_version(),
@@ -530,7 +536,8 @@ def main(arguments: list[str] | None = None) -> int:
         },
     }
     (fresh / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    fresh.chmod(0o755)  # mkdtemp's folders are private
+    for path in (fresh, *fresh.rglob("*")):  # mkdtemp's folders and the writers of weights are private
+        path.chmod(0o755 if path.is_dir() else 0o644)
     publish(fresh, out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     say(f"wrote {out}: {size / 1e6:.2f} MB")
