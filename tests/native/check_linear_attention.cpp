@@ -13,7 +13,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -123,7 +122,15 @@ struct Tensor {
            (b * view.stride_b + h * view.stride_h + n * view.stride_n + d) * size_of(type);
   }
   double get(int64_t b, int64_t h, int64_t n, int d) const { return decode(type, at(b, h, n, d)); }
-  void each(const std::function<void(int64_t, int64_t, int64_t, int)>& f) const {
+  // All rows of one head, decoded.
+  std::vector<double> head(int64_t b, int64_t h) const {
+    std::vector<double> x(static_cast<size_t>(N * D));
+    for (int64_t n = 0; n < N; ++n)
+      for (int d = 0; d < D; ++d) x[static_cast<size_t>(n * D + d)] = get(b, h, n, d);
+    return x;
+  }
+  template <class F>
+  void each(const F& f) const {
     for (int64_t b = 0; b < B; ++b)
       for (int64_t h = 0; h < H; ++h)
         for (int64_t n = 0; n < N; ++n)
@@ -212,34 +219,35 @@ double units(DType t, const Case& c) {
   return f32 + 3e-4 + 6 * std::ldexp(1, -9);
 }
 
-void compare(const char* name, DType t, const Case& c, double got, const Value& want, bool half_output,
-             const char* where) {
+// where() names the element; it is only called for a failure.
+template <class Where>
+void compare(const char* name, DType t, double units, double got, const Value& want, bool half, const Where& where) {
   ++comparisons;
   // Results below the normal range of a format are rounded (or, by vdpbf16ps, flushed) to an absolute grid.
-  double tiny = half_output && t == DType::kFloat16 ? std::ldexp(1, -24) : 1e-36;
-  double tolerance = units(t, c) * want.size + tiny;
-  if (!(std::fabs(got - want.x) <= tolerance)) {
-    char text[200];
-    snprintf(text, sizeof(text), "%s%s = %.9g, expected %.9g within %.2g", name, where, got, want.x, tolerance);
-    fail(text);
-  }
+  double tiny = half && t == DType::kFloat16 ? std::ldexp(1, -24) : 1e-36;
+  double tolerance = units * want.size + tiny;
+  if (std::fabs(got - want.x) <= tolerance) return;
+  char text[200];
+  snprintf(text, sizeof(text), "%s%s = %.9g, expected %.9g within %.2g", name, where().c_str(), got, want.x, tolerance);
+  fail(text);
 }
 
 void compare(const char* name, const Case& c, const Tensor& got, const Values& want) {
+  const double u = units(got.type, c);
   size_t i = 0;
   got.each([&](int64_t b, int64_t h, int64_t n, int d) {
-    char where[64];
-    snprintf(where, sizeof(where), "[%d,%d,%d,%d]", int(b), int(h), int(n), d);
-    compare(name, got.type, c, got.get(b, h, n, d), want[i++], true, where);
+    compare(name, got.type, u, got.get(b, h, n, d), want[i++], true, [&] {
+      return "[" + std::to_string(b) + "," + std::to_string(h) + "," + std::to_string(n) + "," + std::to_string(d) +
+             "]";
+    });
   });
   if (!got.gaps_untouched()) fail(std::string(name) + ": wrote between its rows");
 }
 void compare(const char* name, DType t, const Case& c, const Floats& got, const Values& want) {
-  for (int64_t i = 0; i < got.size; ++i) {
-    char where[32];
-    snprintf(where, sizeof(where), "[%d]", int(i));
-    compare(name, t, c, got.data[i], want[static_cast<size_t>(i)], false, where);
-  }
+  const double u = units(t, c);
+  for (int64_t i = 0; i < got.size; ++i)
+    compare(name, t, u, got.data[i], want[static_cast<size_t>(i)], false,
+            [&] { return "[" + std::to_string(i) + "]"; });
 }
 
 // --------------------------------------------------------------------------------------------------------- a case
@@ -297,27 +305,29 @@ void check(const Case& c, DType t, const Parallel& parallel) {
   for (int64_t b = 0; b < c.B; ++b)
     for (int64_t h = 0; h < c.H; ++h) {
       int64_t x = b * c.H + h;
+      const std::vector<double> Q = p.q.head(b, h), K = p.k.head(b, h), V = p.v.head(b, h), G = p.g.head(b, h);
+      const std::vector<double> ZQ = zq.head(b, h), ZK = zk.head(b, h);
       Value *KV = &kv[x * D * E], *KS = &ks[x * D], *GKV = &gkv[x * D * E], *GKS = &gks[x * D];
       for (int64_t j = 0; j < c.M; ++j)
         for (int d = 0; d < D; ++d) {
-          double f = phi(c.map, p.k.get(b, h, j, d));
-          KS[d].add(phi(c.map, zk.get(b, h, j, d)));
-          for (int e = 0; e < E; ++e) KV[d * E + e].add(f * p.v.get(b, h, j, e));
+          double f = phi(c.map, K[j * D + d]);
+          KS[d].add(phi(c.map, ZK[j * D + d]));
+          for (int e = 0; e < E; ++e) KV[d * E + e].add(f * V[j * E + e]);
         }
       for (int64_t i = 0; i < c.N; ++i) {
         Value z;
         z.add(p.eps);
         for (int d = 0; d < D; ++d) {
-          double f = phi(c.map, zq.get(b, h, i, d)) * p.inv_count;
+          double f = phi(c.map, ZQ[i * D + d]) * p.inv_count;
           z.add(f * KS[d].x, std::fabs(f) * KS[d].size);
         }
         double r = c.normalize ? 1 / z.x : 1, rz = c.normalize ? z.size / std::fabs(z.x) : 1;  // rz: condition of z
         std::vector<Value> w(D);
         Value dot;
         for (int d = 0; d < D; ++d) {
-          double f = phi(c.map, p.q.get(b, h, i, d));
+          double f = phi(c.map, Q[i * D + d]);
           for (int e = 0; e < E; ++e) {
-            double term = p.scale * p.g.get(b, h, i, e), value = KV[d * E + e].x;
+            double term = p.scale * G[i * E + e], value = KV[d * E + e].x;
             w[d].add(term * value, std::fabs(term) * KV[d * E + e].size);
             double o = f * r * p.scale;
             Value& y = out[(x * c.N + i) * E + e];
@@ -328,12 +338,12 @@ void check(const Case& c, DType t, const Parallel& parallel) {
         }
         double dz = c.normalize ? -dot.x * r * r : 0, dz_size = c.normalize ? dot.size * r * r * (1 + 2 * rz) : 0;
         for (int d = 0; d < D; ++d) {
-          double m = KS[d].x * p.inv_count, m_size = KS[d].size * p.inv_count, fz = phi(c.map, zq.get(b, h, i, d));
-          double dq = phi_grad(c.map, p.q.get(b, h, i, d));
+          double m = KS[d].x * p.inv_count, m_size = KS[d].size * p.inv_count, fz = phi(c.map, ZQ[i * D + d]);
+          double dq = phi_grad(c.map, Q[i * D + d]);
           Value &a = gq[(x * c.N + i) * D + d], &ad = gqd[(x * c.N + i) * D + d];
           a.add(w[d].x * r * dq, w[d].size * std::fabs(r) * (1 + rz) * dq);
           if (c.denom) {
-            double dd = phi_grad(c.map, p.qd.get(b, h, i, d));
+            double dd = phi_grad(c.map, ZQ[i * D + d]);
             ad.add(dz * m * dd, dz_size * m_size * dd);
           } else {
             a.add(dz * m * dq, dz_size * m_size * dq);
@@ -343,16 +353,16 @@ void check(const Case& c, DType t, const Parallel& parallel) {
       }
       for (int64_t j = 0; j < c.M; ++j)
         for (int d = 0; d < D; ++d) {
-          double f = phi(c.map, p.k.get(b, h, j, d)), df = phi_grad(c.map, p.k.get(b, h, j, d));
+          double f = phi(c.map, K[j * D + d]), df = phi_grad(c.map, K[j * D + d]);
           double sum = g_sum.data[x * D + d];
           Value& a = gk[(x * c.M + j) * D + d];
           for (int e = 0; e < E; ++e) {
             double s = g_state.data[(x * D + d) * E + e];
             gv[(x * c.M + j) * E + e].add(f * s);
-            a.add(s * p.v.get(b, h, j, e) * df);
+            a.add(s * V[j * E + e] * df);
           }
           if (c.denom)
-            gkd[(x * c.M + j) * D + d].add(sum * phi_grad(c.map, p.kd.get(b, h, j, d)));
+            gkd[(x * c.M + j) * D + d].add(sum * phi_grad(c.map, ZK[j * D + d]));
           else
             a.add(sum * df);
         }
