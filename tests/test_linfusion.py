@@ -4,15 +4,19 @@ import contextlib
 import copy
 import functools
 import json
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 import linattn
+import linattn.bundled
 from linattn import backend as backends
 
 pytest.importorskip("diffusers", reason='the adapters need the extra: pip install "linattn[diffusers]"')
@@ -954,6 +958,68 @@ def test_fused_lora_and_saving_with_a_lora_are_refused(tmp_path):
     unet.unfuse_lora()
     linfusion.unmount().save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == 17 * len(linfusion.modules_dict)
+
+
+# ----------------------------------------------------------------------------------------------- pipelines, the example
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pytest.importorskip("transformers", reason='the pipeline needs the extra: pip install "linattn[diffusers]"')
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(linattn.bundled.path("tiny_sd"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, steps=2, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    kwargs = {"prompt": "a handwritten three", "guidance_scale": 3.0, "output_type": "np", **kwargs}
+    return pipe(num_inference_steps=steps, generator=generator, **kwargs).images
+
+
+def test_pipeline_draws_with_linear_attention_at_any_size_and_is_restored(pipeline):
+    before, drawn = trace(pipeline.unet), draw(pipeline)
+    linfusion = LinFusion.construct_for(pipeline, load_pretrained=False)
+    mounted = draw(pipeline)
+    assert mounted.shape == drawn.shape and abs(mounted - drawn).max() > 1e-3
+    assert draw(pipeline, height=72, width=104).shape == (1, 72, 104, 3)
+    linfusion.unmount()
+    assert trace(pipeline.unet) == before
+    assert (draw(pipeline) == drawn).all()
+
+
+def test_image_to_image_pipeline_shares_the_mounted_unet(pipeline):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    second = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    stock = draw(second, steps=4, image=image, strength=0.5)
+    linfusion = LinFusion.construct_for(second, load_pretrained=False)
+    mounted = draw(second, steps=4, image=image, strength=0.5)
+    linfusion.unmount()
+    assert mounted.shape == stock.shape and abs(mounted - stock).max() > 1e-4
+
+
+def test_example_draws_what_the_mounted_pipeline_draws(pipeline, tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    script = Path(__file__).resolve().parents[1] / "examples" / "linfusion_text2image.py"
+    linfusion = LinFusion.construct_for(pipeline, load_pretrained=False)
+    expected = (draw(pipeline, steps=3) * 255).round()
+    linfusion.unmount()
+    linfusion.save_pretrained(tmp_path / "weights")
+    for name, options in {
+        "a.png": [],
+        "b.png": ["--model", linattn.bundled.path("tiny_sd"), "--weights", tmp_path / "weights"],
+    }.items():
+        command = [sys.executable, script, "--steps", "3", "--out", tmp_path / name, *options]
+        # One thread as here: with another number torch's own layers round differently.
+        subprocess.run(list(map(str, command)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        drawn = numpy.asarray(image_module.open(tmp_path / name), dtype="float32")
+        assert drawn.shape == expected.shape[1:]
+        assert abs(drawn - expected[0]).max() <= 1
 
 
 # ------------------------------------------------------------------------------------------------------------ packaging
