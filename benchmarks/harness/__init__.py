@@ -1,0 +1,1 @@
+"""What all benchmark families share: measuring, the machine's ceilings, the record, the command line."""
