@@ -12,6 +12,8 @@ list(REMOVE_ITEM sources ${kernels})
 # -ffp-contract=off: a fused multiply-add is written where it is meant, so every instruction set rounds as the source says.
 set(common_flags -O3 -ffp-contract=off -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-pragmas
                  $<$<CXX_COMPILER_ID:Clang,AppleClang>:-Wno-unknown-warning-option>)
+# __FILE__ in messages without the folders of the build machine.
+list(APPEND common_flags -fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=)
 if(LINATTN_WERROR)
   list(APPEND common_flags -Werror)
 endif()
@@ -31,7 +33,7 @@ endif()
 
 add_library(_C_cpu SHARED ${sources})
 target_include_directories(_C_cpu PRIVATE ${CMAKE_SOURCE_DIR}/csrc/cpu)
-target_compile_options(_C_cpu PRIVATE ${common_flags})
+target_compile_options(_C_cpu PRIVATE ${common_flags} -fmacro-prefix-map=${LINATTN_TORCH_INCLUDE}/=)
 foreach(isa ${isas})
   if(kernels)
     add_library(cpu_${isa} OBJECT ${kernels})

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import linattn  # registers torch.ops.linattn
 
@@ -36,7 +37,7 @@ def by_definition(layer, x):
 def main():
     torch.manual_seed(0)
     layer = LinearSelfAttention(dim=160, heads=4)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
 
     for tokens in (64, 100, 256, 1000):
