@@ -215,14 +215,20 @@ class _Rotary(nn.Module):
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
     def _apply(self, fn, recurse=True):
+        before = self.rotations
         super()._apply(fn, recurse)
-        wanted = torch.float64 if self.rotations.dtype == torch.float64 else torch.float32
-        if self.rotations.dtype != wanted or wanted == torch.float64:
-            self.rotations = self._table(self.height, self.width, self.rotations.device, wanted)
+        after = self.rotations
+        # Made anew rather than converted: a narrow type would round the angles, a meta tensor has none to convert.
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            dtype = torch.float64 if after.dtype == torch.float64 else torch.float32
+            self.rotations = self._table(self.height, self.width, after.device, dtype)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
-        if strict and f"{prefix}rotations" not in state_dict:
+        stored = state_dict.get(f"{prefix}rotations")
+        if stored is not None and self.rotations.is_meta:
+            self.rotations = self._table(self.height, self.width, stored.device, torch.float32)
+        elif stored is None and strict:
             missing_keys.append(f"{prefix}rotations")
 
 

@@ -300,6 +300,20 @@ def root_mean_square_of_gradients(errors):
     return (sum(squares) / len(squares)) ** 0.5
 
 
+def test_module_runs_under_autocast():
+    module = LinearAttention(32, heads=2, projection_mid_dim=8)
+    x = leaf(torch.randn(2, 40, 32), torch.float32)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and torch.isfinite(x.grad).all()
+    module.to(torch.bfloat16)
+    # As exact as the module in bfloat16, which rounds the same products (and its input and weights besides).
+    rounded = relative_error(module(x.to(torch.bfloat16)), expected)
+    assert relative_error(out, expected) < 2 * rounded
+
+
 @pytest.mark.parametrize("mid_dim", [None, 8, -1])
 def test_module_makes_one_call_of_the_op_on_views(mid_dim, monkeypatch):
     calls = []
@@ -937,6 +951,19 @@ def test_unmounting_with_a_lora_from_before_leaves_no_trace():
     linfusion = LinFusion.construct_for(unet, load_pretrained=False)
     linfusion.unmount()
     assert trace(unet) == before
+
+
+def test_lora_unloaded_while_mounted_is_gone_after_unmounting():
+    unet, plain = small_unet(), small_unet()
+    add_lora(unet)
+    linfusion = LinFusion.construct_for(unet, load_pretrained=False)
+    unet.unload_lora()
+    reference = LinFusion.construct_for(plain, load_pretrained=False)
+    assert torch.equal(run_small(unet), run_small(plain))
+    linfusion.unmount()
+    reference.unmount()
+    assert list(unet.state_dict()) == list(plain.state_dict())
+    assert torch.equal(run_small(unet), run_small(plain))
 
 
 def test_fused_lora_and_saving_with_a_lora_are_refused(tmp_path):

@@ -188,6 +188,16 @@ def test_rotation_keeps_float32_angles_when_the_layer_is_cast():
     torch.testing.assert_close(layer.rope.rotations.float(), exact, rtol=0, atol=4e-6)
 
 
+def test_rotation_survives_the_meta_device():
+    layer = MambaLikeLinearAttention(16, 3, 5, num_heads=2)
+    with torch.device("meta"):
+        emptied, assigned = (MambaLikeLinearAttention(16, 3, 5, num_heads=2) for _ in range(2))
+    emptied.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(1, 15, 16)
+    assert torch.equal(emptied(x), layer(x)) and torch.equal(assigned(x), layer(x))
+
+
 def test_mamba_like_layer_runs_on_another_grid_than_its_own():
     torch.manual_seed(0)
     layer = randomised(MambaLikeLinearAttention(16, 4, 4, num_heads=2)).double()
