@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES := $(wildcard csrc/*/* CMakeLists.txt cmake/* setup.py)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
-# One pytest process per core (4 at most), each with its share of the threads: the suite is mostly Python and
+# One pytest process per core (4 at most), each with its share of the threads: most of the suite is Python and
 # Triton's interpreter, which use one core; tests that are about threads set their number themselves.
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 TEST_THREADS ?= $(shell n=$$(( $(CORES) / $(WORKERS) )); [ $$n -lt 1 ] && n=1; echo $$n)
@@ -56,7 +56,7 @@ $(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
 install: $(VENV)/.test
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=8 $(PYTEST_ARGS)
 
 CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
