@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-HEAD_DIMS = range(8, 257)
+HEAD_DIMS = range(1, 257)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -481,7 +481,7 @@ def linear_attention(
             unrotated as q_denom and k_denom.
         k_denom: (B, H, M, D), likewise for k.
 
-    D and E are in 8..256. q, k, v and the `*_denom` share one dtype of float32, float16, bfloat16 (float64 runs as
+    D and E are in 1..256. q, k, v and the `*_denom` share one dtype of float32, float16, bfloat16 (float64 runs as
     reference math); under autocast they are cast to its type. Sums are accumulated in float32.
 
     Returns:
