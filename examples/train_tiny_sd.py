@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing
 
 import diffusers
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -428,6 +429,12 @@ def write_half(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
     settings = json.loads(config.read_text())
     settings["dtype"] = "float32"
     config.write_text(json.dumps(settings, indent=2) + "\n")
+    # transformers 5 drops the prefix that every published text encoder has, and reads both; older versions insist on
+    # it (without it they draw from random weights, with a warning).
+    weights = out / "text_encoder" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     # How and from where this process had loaded the parts says nothing to a user.
     for config in [out / "model_index.json", *out.rglob("*config.json")]:
         settings = json.loads(config.read_text())
@@ -494,6 +501,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two steps per stage: shows that it runs")
     args = parser.parse_args(arguments)
 
+    if int(transformers.__version__.split(".")[0]) < 5:
+        parser.error(
+            f"training needs transformers 5 or newer, this is {transformers.__version__} (the result does not)"
+        )
     steps = {name: getattr(args, name) for name in ("vae_steps", "diffusion_steps", "prompt_steps")}
     base = SMOKE if args.smoke else Recipe()
     recipe = dataclasses.replace(base, seed=args.seed, **{k: v for k, v in steps.items() if v is not None})
