@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES := $(wildcard csrc/*/* CMakeLists.txt cmake/* setup.py)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 # One pytest process per core (4 at most), each with its share of the threads: most of the suite is Python and
@@ -36,10 +36,12 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS) tools/install_torch.py
+	@echo "== installing into $(VENV): a minute or two, and what is not cached is downloaded"
 	$(BIN)/python tools/install_torch.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS)) $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 	$(PIP) setuptools wheel cmake ninja
 	@touch $@
 
+# -qq: pip's warnings about the machine's own configuration are of no use here; errors are shown.
 # Without build isolation: cmake, ninja and setuptools of .venv are used, and nothing is downloaded twice.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation -e '.[demo]'

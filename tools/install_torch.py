@@ -29,7 +29,7 @@ def brings_cuda(requirement: list[str]) -> bool:
     """Whether pip, left to itself, would install CUDA packages (it resolves; it installs nothing)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        if pip("--quiet", "--dry-run", "--report", str(report), *requirement, quiet=True) != 0:
+        if pip("-qq", "--dry-run", "--report", str(report), *requirement, quiet=True) != 0:
             return False
         names = [entry["metadata"]["name"].lower() for entry in json.loads(report.read_text())["install"]]
     return any(name.startswith(("nvidia-", "cuda-")) for name in names)
@@ -47,9 +47,9 @@ def main() -> int:
         print(f"no NVIDIA GPU here: taking the CPU build of torch from {CPU_INDEX}", flush=True)
         index = CPU_INDEX
     if not index:
-        return pip("--quiet", *requirement)
+        return pip("-qq", *requirement)
     # torch alone comes from that index, which need not have what torch depends on.
-    return pip("--quiet", "--no-deps", "--index-url", index, *requirement) or pip("--quiet", *requirement)
+    return pip("-qq", "--no-deps", "--index-url", index, *requirement) or pip("-qq", *requirement)
 
 
 if __name__ == "__main__":
