@@ -4,6 +4,8 @@ The libraries are compiled once, in a tree unpacked from the sdist; the installs
 """
 
 import importlib.metadata
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -179,7 +181,9 @@ def tracked(*patterns):
 def test_sdist_holds_every_source_and_no_build_product(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = tracked("csrc", "cmake", "linattn", "adapters", "triton_kernels", "tests", "examples", "*.txt", "setup.py")
+    wanted = tracked(
+        "csrc", "cmake", "tools", "linattn", "adapters", "triton_kernels", "tests", "examples", "*.txt", "setup.py"
+    )
     assert wanted - names == set()
     assert [name for name in names if re.search(r"\.(so|dylib|dll|pyc)$|_build_info\.json$", name)] == []
 
@@ -404,3 +408,40 @@ def test_cuda_is_left_out_with_a_reason_or_refused_when_demanded(cuda_tree, tmp_
     assert done.returncode != 0 and "LINATTN_CUDA=1, but" in done.stdout
     done = build_cuda(cuda_tree, LINATTN_CUDA="yes")
     assert done.returncode != 0 and "LINATTN_CUDA is auto, 0, 1 or check, not 'yes'" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- tools/install_torch.py
+
+
+@pytest.mark.parametrize(
+    "gpu, resolved, index, expected",
+    [
+        (None, ["torch", "nvidia-cublas", "cuda-bindings"], "", "https://download.pytorch.org/whl/cpu"),
+        (None, ["torch", "numpy"], "", None),
+        ("/usr/bin/nvidia-smi", ["torch", "nvidia-cublas"], "", None),
+        (None, ["torch", "nvidia-cublas"], "https://mirror.example/cpu", "https://mirror.example/cpu"),
+    ],
+    ids=["no GPU, CUDA packages", "no GPU, CPU build", "GPU", "index is named"],
+)
+def test_torch_comes_without_cuda_packages_where_there_is_no_gpu(gpu, resolved, index, expected, monkeypatch):
+    spec = importlib.util.spec_from_file_location("install_torch", ROOT / "tools" / "install_torch.py")
+    install_torch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install_torch)
+    calls = []
+
+    def pip(*arguments, quiet=False):
+        if "--report" in arguments:
+            report = {"install": [{"metadata": {"name": name}} for name in resolved]}
+            Path(arguments[arguments.index("--report") + 1]).write_text(json.dumps(report))
+        else:
+            calls.append(arguments)
+        return 0
+
+    monkeypatch.setattr(install_torch, "pip", pip)
+    monkeypatch.setattr(install_torch.shutil, "which", lambda name: gpu)
+    monkeypatch.setattr(install_torch.sys, "platform", "linux")
+    monkeypatch.setattr(install_torch.sys, "argv", ["install_torch.py", *(["--index", index] if index else [])])
+    assert install_torch.main() == 0
+    used = [call[call.index("--index-url") + 1] for call in calls if "--index-url" in call]
+    assert used == ([expected] if expected else [])
+    assert "torch>=2.11" in calls[-1]
