@@ -55,7 +55,7 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
     prompts, seeds = (PROMPTS[:2], SEEDS[:2]) if quick else (PROMPTS, SEEDS)
     runs_on = backend.choose("linear_attention", torch.device("cpu"), torch.float32)
     report(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; linear attention runs on backend {runs_on!r}"
+        f"torch {torch.__version__}, threads: {torch.get_num_threads()}; linear attention runs on backend {runs_on!r}"
     )
 
     pipes = {STOCK: _load(), OURS: _load()}
@@ -86,8 +86,8 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
     report("\n" + _layer_table(layers))
     if layers[0]["linattn_seconds"] > layers[0]["stock_seconds"]:
         report(
-            f"At {layers[0]['tokens']} tokens the branches that LinFusion adds to a layer cost more than attention "
-            "itself; linear attention is for many tokens."
+            f"At {layers[0]['tokens']} tokens the branches that LinFusion adds to a layer cost more than its "
+            "attention saves; linear attention is for many tokens."
         )
     report(
         f"\nsame-seed difference between the two sides (MSE, pixels in 0..1): {scores['same_seed_mse']:.5f}"
