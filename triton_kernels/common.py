@@ -57,22 +57,22 @@ def phi(x, FEATURE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def phi_slope(x, p, FEATURE: tl.constexpr):
-    """phi'(x), given p = phi(x)."""
+def phi_slope(p, FEATURE: tl.constexpr):
+    """phi'(x) from p = phi(x) alone: elu1 is at most 1 exactly where its slope is its value."""
     if FEATURE == ELU1:
-        return tl.where(x > 0, 1.0, p)
+        return tl.where(p > 1.0, 1.0, p)
     elif FEATURE == RELU:
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.where(p > 0, 1.0, 0.0)
     else:
-        return tl.full(x.shape, 1.0, tl.float32)
+        return tl.full(p.shape, 1.0, tl.float32)
 
 
 @triton.jit
 def load_rows(
     base, token, live, stride, UNIT: tl.constexpr, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr = True, INSIDE: tl.constexpr = False,
+    MASKED: tl.constexpr = True, INSIDE: tl.constexpr = False, FILL: tl.constexpr = 0.0,
 ):  # fmt: skip
-    """Columns first .. first + BLOCK of the given tokens; 0 where the token is not live or the column >= WIDTH.
+    """Columns first .. first + BLOCK of the given tokens; FILL where the token is not live or the column >= WIDTH.
 
     MASKED = False promises that all tokens are live, INSIDE = True that all columns are below WIDTH.
     """
@@ -80,13 +80,13 @@ def load_rows(
     at = base + token.to(tl.int64)[:, None] * stride * UNIT + column[None, :]
     if INSIDE:
         if MASKED:
-            return tl.load(at, mask=live[:, None], other=0.0)
+            return tl.load(at, mask=live[:, None], other=FILL)
         else:
             return tl.load(at)
     elif MASKED:
-        return tl.load(at, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+        return tl.load(at, mask=live[:, None] & (column < WIDTH)[None, :], other=FILL)
     else:
-        return tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+        return tl.load(at, mask=(column < WIDTH)[None, :], other=FILL)
 
 
 @triton.jit
@@ -149,18 +149,18 @@ def reduce_kernel(PART0, PART1, OUT0, OUT1, size0, size1, splits, BLOCK: tl.cons
     at = tl.where(second, block - blocks0, block).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     if second:
-        for split in range(0, splits):
+        for split in range(splits):
             total += tl.load(PART1 + split * tl.cast(size, tl.int64) + at, mask=at < size, other=0.0)
         tl.store(OUT1 + at, total, mask=at < size)
     else:
-        for split in range(0, splits):
+        for split in range(splits):
             total += tl.load(PART0 + split * tl.cast(size, tl.int64) + at, mask=at < size, other=0.0)
         tl.store(OUT0 + at, total, mask=at < size)
 
 
 @triton.jit
 def vector_operand(vector, fit, DTYPE: tl.constexpr):
-    """A float32 vector times fit as a [D, 16] right operand whose columns add up to it: three terms of DTYPE, then zeros.
+    """A float32 vector times fit as a [D, 16] right operand whose columns add up to it: three terms of DTYPE, and zeros.
 
     A product with it is phi(x) . vector in the tensor core, at float32's precision, with the very operand (and in the
     very register layout) that the numerator uses.

@@ -1,6 +1,6 @@
 """Bidirectional linear attention in Triton, forward and backward, for 16-bit head dims up to 160.
 
-    kv = sum_j phi(k_j)^T v_j     k_sum = sum_j phi(k_j)     out_i = phi(q_i) (scale * kv) / (phi(q_i) . k_sum / M + eps)
+    kv = sum_j phi(k_j)^T v_j     k_sum = sum_j phi(k_j)     out_i = phi(q_i) (scale kv) / (phi(q_i) . k_sum / M + eps)
 
 Everything here is bound by memory: bfloat16 D = 64 moves 512 bytes per token and head for 16.6 kFLOP, a third of what an
 H200 could multiply meanwhile. So each pass reads its rows exactly once, and the D x E matrix never leaves the SM:
@@ -34,6 +34,7 @@ import triton.language as tl
 
 from . import linear_attention_wide as wide
 from .common import (
+    ELU1,
     RUNTIME_ARGUMENTS,
     fit_float16,
     head_tile,
@@ -53,15 +54,15 @@ from .common import (
     vector_operand,
 )
 
-# ---- pieces -----------------------------------------------------------------------------------------------------------
+# ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _load(
     base, token, live, stride, UNIT: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, FILL: tl.constexpr = 0.0,
 ):  # fmt: skip
-    return load_rows(base, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED, WIDTH >= FIRST + BLOCK)
+    return load_rows(base, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED, WIDTH >= FIRST + BLOCK, FILL)
 
 
 @triton.jit
@@ -77,46 +78,10 @@ def _phi_rounded(
     base, token, live, stride, UNIT: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     FEATURE: tl.constexpr, MASKED: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """phi of a block of rows in the input dtype; ZERO: 0 instead of phi(0) in the rows of dead tokens."""
-    x = _load(base, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED)
-    p = phi(x.to(tl.float32), FEATURE, False)
-    if MASKED and ZERO:
-        p = tl.where(live[:, None], p, 0.0)
-    return p.to(base.dtype.element_ty)
-
-
-@triton.jit
-def _accumulate_step(
-    start, hi, K, V, KD, k_sn, v_sn, kd_sn, ones, kv00, kv01, kv10, kv11, sum0, sum1,
-    D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Adds tokens start .. start + BLOCK_N (MASKED: those below hi) to the state."""
-    at = tl.cast(start, tl.int64)
-    token = tl.arange(0, BLOCK_N)
-    live = start + token < hi
-    K += at * k_sn * UNIT
-    V += at * v_sn * UNIT
-    p0 = tl.trans(_phi_rounded(K, token, live, k_sn, UNIT, 0, D, D0, FEATURE, MASKED, True))
-    v0 = _load(V, token, live, v_sn, UNIT, 0, E, E0, MASKED)
-    kv00 = tl.dot(p0, v0, kv00)
-    if E1 > 0:
-        v1 = _load(V, token, live, v_sn, UNIT, E0, E, E1, MASKED)
-        kv01 = tl.dot(p0, v1, kv01)
-    if D1 > 0:
-        p1 = tl.trans(_phi_rounded(K, token, live, k_sn, UNIT, D0, D, D1, FEATURE, MASKED, True))
-        kv10 = tl.dot(p1, v0, kv10)
-        if E1 > 0:
-            kv11 = tl.dot(p1, v1, kv11)
-    if HAS_DENOM:
-        KD += at * kd_sn * UNIT
-        p0 = tl.trans(_phi_rounded(KD, token, live, kd_sn, UNIT, 0, D, D0, FEATURE, MASKED, True))
-        if D1 > 0:
-            p1 = tl.trans(_phi_rounded(KD, token, live, kd_sn, UNIT, D0, D, D1, FEATURE, MASKED, True))
-    sum0 = tl.dot(p0, ones, sum0)
-    if D1 > 0:
-        sum1 = tl.dot(p1, ones, sum1)
-    return kv00, kv01, kv10, kv11, sum0, sum1
+    """phi of a block of rows in the input dtype. ZERO: whatever lies outside becomes 0 (else phi(0))."""
+    fill: tl.constexpr = float("-inf") if ZERO and FEATURE == ELU1 else 0.0
+    x = _load(base, token, live, stride, UNIT, FIRST, WIDTH, BLOCK, MASKED, fill)
+    return phi(x.to(tl.float32), FEATURE, False).to(base.dtype.element_ty)
 
 
 @triton.jit
@@ -127,7 +92,7 @@ def accumulate_state(
 ):  # fmt: skip
     """kv in up to four blocks and k_sum in up to two, summed over tokens lo .. hi of one head.
 
-    k_sum is a product with ones, so it rounds and accumulates exactly as kv does. Rows past D hold sums of phi(0) v.
+    k_sum is a product with ones, so it rounds and accumulates exactly as kv does.
     """
     kv00 = tl.zeros([D0, E0], tl.float32)
     kv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
@@ -136,17 +101,31 @@ def accumulate_state(
     sum0 = tl.zeros([D0, 16], tl.float32)
     sum1 = tl.zeros([D1 if D1 > 0 else 16, 16], tl.float32)
     ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(K.dtype.element_ty)
-    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
-    for start in range(lo, whole, BLOCK_N):
-        kv00, kv01, kv10, kv11, sum0, sum1 = _accumulate_step(
-            start, hi, K, V, KD, k_sn, v_sn, kd_sn, ones, kv00, kv01, kv10, kv11, sum0, sum1,
-            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N, False,
-        )  # fmt: skip
-    if whole < hi:
-        kv00, kv01, kv10, kv11, sum0, sum1 = _accumulate_step(
-            whole, hi, K, V, KD, k_sn, v_sn, kd_sn, ones, kv00, kv01, kv10, kv11, sum0, sum1,
-            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N, True,
-        )  # fmt: skip
+    token = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        at = tl.cast(start, tl.int64)
+        live = start + token < hi
+        K_at = K + at * k_sn * UNIT
+        V_at = V + at * v_sn * UNIT
+        p0 = tl.trans(_phi_rounded(K_at, token, live, k_sn, UNIT, 0, D, D0, FEATURE, True, True))
+        v0 = _load(V_at, token, live, v_sn, UNIT, 0, E, E0, True)
+        kv00 = tl.dot(p0, v0, kv00)
+        if E1 > 0:
+            v1 = _load(V_at, token, live, v_sn, UNIT, E0, E, E1, True)
+            kv01 = tl.dot(p0, v1, kv01)
+        if D1 > 0:
+            p1 = tl.trans(_phi_rounded(K_at, token, live, k_sn, UNIT, D0, D, D1, FEATURE, True, True))
+            kv10 = tl.dot(p1, v0, kv10)
+            if E1 > 0:
+                kv11 = tl.dot(p1, v1, kv11)
+        if HAS_DENOM:
+            KD_at = KD + at * kd_sn * UNIT
+            p0 = tl.trans(_phi_rounded(KD_at, token, live, kd_sn, UNIT, 0, D, D0, FEATURE, True, True))
+            if D1 > 0:
+                p1 = tl.trans(_phi_rounded(KD_at, token, live, kd_sn, UNIT, D0, D, D1, FEATURE, True, True))
+        sum0 = tl.dot(p0, ones, sum0)
+        if D1 > 0:
+            sum1 = tl.dot(p1, ones, sum1)
     first = tl.arange(0, 16)[None, :] == 0
     return kv00, kv01, kv10, kv11, tl.sum(tl.where(first, sum0, 0.0), 1), tl.sum(tl.where(first, sum1, 0.0), 1)
 
@@ -197,7 +176,7 @@ def store_state(
 def round_state(kv00, kv01, kv10, kv11, D1: tl.constexpr, E1: tl.constexpr, DTYPE: tl.constexpr):
     """The blocks in DTYPE, and the factor that undoes their scaling (1 for bfloat16)."""
     unscale = 1.0
-    if DTYPE == tl.float16:
+    if DTYPE.is_fp16():
         peak = tl.max(tl.max(tl.abs(kv00), 1), 0)
         if E1 > 0:
             peak = tl.maximum(peak, tl.max(tl.max(tl.abs(kv01), 1), 0))
@@ -218,7 +197,7 @@ def round_state(kv00, kv01, kv10, kv11, D1: tl.constexpr, E1: tl.constexpr, DTYP
 def round_vector(vector0, vector1, D1: tl.constexpr, DTYPE: tl.constexpr):
     """Right operands for phi(x) . vector, and the factor that undoes their scaling (1 for bfloat16)."""
     fit = 1.0
-    if DTYPE == tl.float16:
+    if DTYPE.is_fp16():
         peak = tl.max(tl.abs(vector0), 0)
         if D1 > 0:
             peak = tl.maximum(peak, tl.max(tl.abs(vector1), 0))
@@ -284,7 +263,7 @@ def emit_output(
         )  # fmt: skip
 
 
-# ---- kernels ----------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 # Program ids: 0 = batch * heads + head (neighbouring heads of one token share memory pages), 1 = run of tokens.
 
 
@@ -358,21 +337,11 @@ def forward_short_kernel(
         KD + b * kd_sb * UNIT + h * kd_sh * UNIT, run * 0, keys, k_sn, v_sn, kd_sn,
         D, E, D0, D1, E0, E1, FEATURE, HAS_KD, UNIT, BLOCK_N,
     )  # fmt: skip
-    if STATE:
-        if run == 0:
-            at = row.to(tl.int64)
-            store_state(
-                KV + at * (D * E), KSUM + at * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
-            )
-    in0 = (tl.arange(0, D0) < D)[:, None]  # rows past D would meet phi(0) of q's lanes past D
-    kv00 = tl.where(in0, kv00, 0.0)
-    kv01 = tl.where(in0, kv01, 0.0)
-    sum0 = tl.where(tl.arange(0, D0) < D, sum0, 0.0)
-    if D1 > 0:
-        in1 = (D0 + tl.arange(0, D1) < D)[:, None]
-        kv10 = tl.where(in1, kv10, 0.0)
-        kv11 = tl.where(in1, kv11, 0.0)
-        sum1 = tl.where(D0 + tl.arange(0, D1) < D, sum1, 0.0)
+    if STATE and run == 0:
+        at = row.to(tl.int64)
+        store_state(
+            KV + at * (D * E), KSUM + at * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
+        )
     w00, w01, w10, w11, unscale = round_state(kv00, kv01, kv10, kv11, D1, E1, Q.dtype.element_ty)
     lo = run * chunk
     hi = tl.minimum(lo + chunk, tokens)
@@ -447,11 +416,11 @@ def _apply_backward_step(
         weight = vector_operand(dz_z, 1.0, dtype)
         if HAS_DENOM:
             GQD += at * gqd_sn * UNIT
-            dy = dz[:, None] * mean0[None, :] * phi_slope(y0, r0, FEATURE)
+            dy = dz[:, None] * mean0[None, :] * phi_slope(r0, FEATURE)
             _store(GQD, dy, token, live, gqd_sn, UNIT, 0, D, D0, MASKED)
             gsum0 = tl.dot(tl.trans((r0 * inv_z[:, None]).to(dtype)), weight, gsum0)
             if D1 > 0:
-                dy = dz[:, None] * mean1[None, :] * phi_slope(y1, r1, FEATURE)
+                dy = dz[:, None] * mean1[None, :] * phi_slope(r1, FEATURE)
                 _store(GQD, dy, token, live, gqd_sn, UNIT, D0, D, D1, MASKED)
                 gsum1 = tl.dot(tl.trans((r1 * inv_z[:, None]).to(dtype)), weight, gsum1)
         else:
@@ -460,13 +429,13 @@ def _apply_backward_step(
             if D1 > 0:
                 dp1 += dz[:, None] * mean1[None, :]
                 gsum1 = tl.dot(tl.trans(a1.to(dtype)), weight, gsum1)
-    _store(GQ, dp0 * phi_slope(x0, p0, FEATURE), token, live, gq_sn, UNIT, 0, D, D0, MASKED)
+    _store(GQ, dp0 * phi_slope(p0, FEATURE), token, live, gq_sn, UNIT, 0, D, D0, MASKED)
     a0 = tl.trans(a0.to(dtype))
     gkv00 = tl.dot(a0, g0, gkv00)
     if E1 > 0:
         gkv01 = tl.dot(a0, g1, gkv01)
     if D1 > 0:
-        _store(GQ, dp1 * phi_slope(x1, p1, FEATURE), token, live, gq_sn, UNIT, D0, D, D1, MASKED)
+        _store(GQ, dp1 * phi_slope(p1, FEATURE), token, live, gq_sn, UNIT, D0, D, D1, MASKED)
         a1 = tl.trans(a1.to(dtype))
         gkv10 = tl.dot(a1, g0, gkv10)
         if E1 > 0:
@@ -547,45 +516,44 @@ def _state_backward_step(
     V += at * v_sn * UNIT
     GK += at * gk_sn * UNIT
     GV += at * gv_sn * UNIT
-    v0 = _load(V, token, live, v_sn, UNIT, 0, E, E0, MASKED)
-    x0 = _load(K, token, live, k_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
-    p0 = phi(x0, FEATURE, False)
+    p0 = phi(_load(K, token, live, k_sn, UNIT, 0, D, D0, MASKED).to(tl.float32), FEATURE, False)
     gv0 = tl.dot(p0.to(dtype), w00)
+    if D1 > 0:
+        p1 = phi(_load(K, token, live, k_sn, UNIT, D0, D, D1, MASKED).to(tl.float32), FEATURE, False)
+        gv0 = tl.dot(p1.to(dtype), w10, gv0)
+    _store(GV, gv0 * unscale, token, live, gv_sn, UNIT, 0, E, E0, MASKED)
+    if E1 > 0:
+        gv1 = tl.dot(p0.to(dtype), w01)
+        if D1 > 0:
+            gv1 = tl.dot(p1.to(dtype), w11, gv1)
+        _store(GV, gv1 * unscale, token, live, gv_sn, UNIT, E0, E, E1, MASKED)
+
+    v0 = _load(V, token, live, v_sn, UNIT, 0, E, E0, MASKED)
     dp0 = tl.dot(v0, tl.trans(w00))
     if E1 > 0:
         v1 = _load(V, token, live, v_sn, UNIT, E0, E, E1, MASKED)
-        gv1 = tl.dot(p0.to(dtype), w01)
         dp0 = tl.dot(v1, tl.trans(w01), dp0)
     dp0 *= unscale
+    if not HAS_DENOM:
+        dp0 += gsum0[None, :]
+    _store(GK, dp0 * phi_slope(p0, FEATURE), token, live, gk_sn, UNIT, 0, D, D0, MASKED)
     if D1 > 0:
-        x1 = _load(K, token, live, k_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
-        p1 = phi(x1, FEATURE, False)
-        gv0 = tl.dot(p1.to(dtype), w10, gv0)
         dp1 = tl.dot(v0, tl.trans(w10))
         if E1 > 0:
-            gv1 = tl.dot(p1.to(dtype), w11, gv1)
             dp1 = tl.dot(v1, tl.trans(w11), dp1)
         dp1 *= unscale
-    _store(GV, gv0 * unscale, token, live, gv_sn, UNIT, 0, E, E0, MASKED)
-    if E1 > 0:
-        _store(GV, gv1 * unscale, token, live, gv_sn, UNIT, E0, E, E1, MASKED)
+        if not HAS_DENOM:
+            dp1 += gsum1[None, :]
+        _store(GK, dp1 * phi_slope(p1, FEATURE), token, live, gk_sn, UNIT, D0, D, D1, MASKED)
+
     if HAS_DENOM:
         KD += at * kd_sn * UNIT
         GKD += at * gkd_sn * UNIT
-        y = _load(KD, token, live, kd_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
-        slope = phi_slope(y, phi(y, FEATURE, False), FEATURE)
-        _store(GKD, slope * gsum0[None, :], token, live, gkd_sn, UNIT, 0, D, D0, MASKED)
+        r0 = phi(_load(KD, token, live, kd_sn, UNIT, 0, D, D0, MASKED).to(tl.float32), FEATURE, False)
+        _store(GKD, phi_slope(r0, FEATURE) * gsum0[None, :], token, live, gkd_sn, UNIT, 0, D, D0, MASKED)
         if D1 > 0:
-            y = _load(KD, token, live, kd_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
-            slope = phi_slope(y, phi(y, FEATURE, False), FEATURE)
-            _store(GKD, slope * gsum1[None, :], token, live, gkd_sn, UNIT, D0, D, D1, MASKED)
-    else:
-        dp0 += gsum0[None, :]
-        if D1 > 0:
-            dp1 += gsum1[None, :]
-    _store(GK, dp0 * phi_slope(x0, p0, FEATURE), token, live, gk_sn, UNIT, 0, D, D0, MASKED)
-    if D1 > 0:
-        _store(GK, dp1 * phi_slope(x1, p1, FEATURE), token, live, gk_sn, UNIT, D0, D, D1, MASKED)
+            r1 = phi(_load(KD, token, live, kd_sn, UNIT, D0, D, D1, MASKED).to(tl.float32), FEATURE, False)
+            _store(GKD, phi_slope(r1, FEATURE) * gsum1[None, :], token, live, gkd_sn, UNIT, D0, D, D1, MASKED)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
@@ -630,7 +598,7 @@ def state_backward_kernel(
         )  # fmt: skip
 
 
-# ---- launchers --------------------------------------------------------------------------------------------------------
+# ---- launchers -------------------------------------------------------------------------------------------------------
 
 
 def narrow(D: int, E: int, dtype: torch.dtype) -> bool:
@@ -643,10 +611,8 @@ def blocks(kernel: str, D: int, E: int) -> dict:
     """Tiles, rows per step, warps and pipeline stages: one choice per kernel and head dims, from ahead-of-time reports."""
     D0, D1 = head_tile(D)
     E0, E1 = head_tile(E)
-    wide_state = D0 * E0 > 64 * 64
-    return dict(
-        D0=D0, D1=D1, E0=E0, E1=E1, BLOCK_N=64, num_warps=8 if wide_state else 4, num_stages=3
-    )  # fmt: skip
+    warps = 8 if kernel != "apply" and D0 * E0 > 64 * 64 else 4
+    return {"D0": D0, "D1": D1, "E0": E0, "E1": E1, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
 
 
 def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
@@ -730,7 +696,7 @@ def state(k, v, k_denom, feature_map, kv, k_sum):
 
 
 def _partials(splits: int, kv: torch.Tensor, k_sum: torch.Tensor):
-    """One workspace for the partials of all splits, and its two parts; the outputs themselves where there is one split."""
+    """One workspace for all partials, and its two parts; the outputs themselves where there is one split."""
     if splits == 1:
         return None, kv, k_sum
     part = torch.empty(splits * (kv.numel() + k_sum.numel()), dtype=torch.float32, device=kv.device)
@@ -803,7 +769,10 @@ def apply_backward(
 
 @_launched_on_tensor_device
 def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom):
-    """grad_v = phi(k) grad_kv; grad_k = (v grad_kv^T [+ grad_k_sum]) phi'(k); grad_k_denom = grad_k_sum phi'(k_denom)."""
+    """grad_v = phi(k) grad_kv;  grad_k = (v grad_kv^T [+ grad_k_sum]) phi'(k);
+
+    grad_k_denom = grad_k_sum phi'(k_denom), and then grad_k goes without it.
+    """
     B, H, M, D = k.shape
     E = v.shape[-1]
     if B * H == 0:

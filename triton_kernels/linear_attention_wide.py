@@ -26,7 +26,6 @@ from .common import (
     phi,
     phi_slope,
     reduce_partials,
-    run_tokens,
     split_tokens,
     store_matrix,
     store_rows,
@@ -37,7 +36,7 @@ from .common import (
 @triton.jit
 def _fit(W, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """The factor that brings W into the range of DTYPE (1 unless float16)."""
-    if DTYPE == tl.float16:
+    if DTYPE.is_fp16():
         peak = tl.zeros([1024], tl.float32)
         for first in range(0, SIZE, 1024):
             at = first + tl.arange(0, 1024)
@@ -95,7 +94,7 @@ def wide_state_kernel(
     D: tl.constexpr, E: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr,
     FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, WEIGHTED: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one partial state, times scale. WEIGHTED: K, KD, V are q, q_denom, dO; rows are divided by z; no sum."""
+    """One tile of one partial state, times scale. WEIGHTED: K, KD, V are q, q_denom, dO, rows divided by z; no sum."""
     dtype: tl.constexpr = K.dtype.element_ty
     exact: tl.constexpr = dtype == tl.float32
     row = tl.program_id(0)
@@ -137,9 +136,8 @@ def wide_state_kernel(
             total += tl.sum(p.to(tl.float32), 0)
     slot = split.to(tl.int64) * tl.num_programs(0) + row
     store_matrix(KV + slot * (D * E), kv * scale, d, e, D, E)
-    if not WEIGHTED:
-        if first_e == 0:
-            tl.store(KSUM + slot * D + d, total, mask=d < D)
+    if not WEIGHTED and first_e == 0:
+        tl.store(KSUM + slot * D + d, total, mask=d < D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
@@ -195,10 +193,10 @@ def _grad_q_columns(
         dp = dp * inv_z[:, None]
         dy = dz[:, None] * mean[None, :]
         if HAS_DENOM:
-            store_rows(GQD, dy * phi_slope(y, r, FEATURE), token, live, gqd_sn, UNIT, first, D, C)
+            store_rows(GQD, dy * phi_slope(r, FEATURE), token, live, gqd_sn, UNIT, first, D, C)
         else:
             dp += dy
-    store_rows(GQ, dp * phi_slope(x, p, FEATURE), token, live, gq_sn, UNIT, first, D, C)
+    store_rows(GQ, dp * phi_slope(p, FEATURE), token, live, gq_sn, UNIT, first, D, C)
     return gsum
 
 
@@ -271,6 +269,24 @@ def wide_grad_q_kernel(
         tl.store(GKSUM + slot * D + d1, gsum1 * inv_count, mask=d1 < D)
 
 
+@triton.jit
+def _grad_k_columns(
+    dp, gsum, K, KD, GK, GKD, token, live, k_sn, kd_sn, gk_sn, gkd_sn, first,
+    D: tl.constexpr, C: tl.constexpr, FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Stores grad_k (and grad_k_denom) for columns first .. first + C."""
+    exact: tl.constexpr = K.dtype.element_ty == tl.float32
+    if HAS_DENOM:
+        y = load_rows(KD, token, live, kd_sn, UNIT, first, D, C).to(tl.float32)
+        slope = phi_slope(phi(y, FEATURE, exact), FEATURE)
+        store_rows(GKD, slope * gsum[None, :], token, live, gkd_sn, UNIT, first, D, C)
+    else:
+        dp += gsum[None, :]
+    x = load_rows(K, token, live, k_sn, UNIT, first, D, C).to(tl.float32)
+    slope = phi_slope(phi(x, FEATURE, exact), FEATURE)
+    store_rows(GK, dp * slope, token, live, gk_sn, UNIT, first, D, C)
+
+
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def wide_grad_k_kernel(
     GKV, GKSUM, K, V, KD, GK, GKD, heads, tokens,
@@ -279,7 +295,6 @@ def wide_grad_k_kernel(
     HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_k (and grad_k_denom) for one block of rows."""
-    exact: tl.constexpr = K.dtype.element_ty == tl.float32
     row = tl.program_id(0)
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
@@ -296,22 +311,19 @@ def wide_grad_k_kernel(
     GKV += at * (D * E)
     fit = _fit(GKV, D * E, K.dtype.element_ty)
     dp0, dp1 = _times_matrix(V, v_sn, token, live, GKV, 1, E, fit, E, D, D0, D1, IDENTITY, UNIT, BLOCK_N, BLOCK_K)
-    for block in tl.static_range(2 if D1 > 0 else 1):
-        first: tl.constexpr = D0 if block == 1 else 0
-        columns: tl.constexpr = D1 if block == 1 else D0
-        dp = (dp1 if block == 1 else dp0) / fit
-        gsum = load_vector(GKSUM + at * D, first + tl.arange(0, columns), D)
-        if HAS_DENOM:
-            y = load_rows(KD, token, live, kd_sn, UNIT, first, D, columns).to(tl.float32)
-            slope = phi_slope(y, phi(y, FEATURE, exact), FEATURE)
-            store_rows(GKD, slope * gsum[None, :], token, live, gkd_sn, UNIT, first, D, columns)
-        else:
-            dp += gsum[None, :]
-        x = load_rows(K, token, live, k_sn, UNIT, first, D, columns).to(tl.float32)
-        store_rows(GK, dp * phi_slope(x, phi(x, FEATURE, exact), FEATURE), token, live, gk_sn, UNIT, first, D, columns)
+    gsum0 = load_vector(GKSUM + at * D, tl.arange(0, D0), D)
+    _grad_k_columns(
+        dp0 / fit, gsum0, K, KD, GK, GKD, token, live, k_sn, kd_sn, gk_sn, gkd_sn, 0, D, D0, FEATURE, HAS_DENOM, UNIT
+    )
+    if D1 > 0:
+        gsum1 = load_vector(GKSUM + at * D, D0 + tl.arange(0, D1), D)
+        _grad_k_columns(
+            dp1 / fit, gsum1, K, KD, GK, GKD, token, live, k_sn, kd_sn, gk_sn, gkd_sn, D0, D, D1, FEATURE, HAS_DENOM,
+            UNIT,
+        )  # fmt: skip
 
 
-# ---- launchers --------------------------------------------------------------------------------------------------------
+# ---- launchers -------------------------------------------------------------------------------------------------------
 
 
 def _tile(width: int, dtype: torch.dtype) -> int:
@@ -321,19 +333,19 @@ def _tile(width: int, dtype: torch.dtype) -> int:
 def row_blocks(dtype: torch.dtype) -> dict:
     """Rows per program, contraction step and warps of the three row kernels."""
     if dtype == torch.float32:
-        return dict(BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=2)
-    return dict(BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2)
+        return {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
 
 
 def state_blocks(D: int, E: int, dtype: torch.dtype) -> dict:
     exact = dtype == torch.float32
-    return dict(
-        TILE_D=_tile(D, dtype),
-        TILE_E=_tile(E, dtype),
-        BLOCK_N=16 if exact else 64,
-        num_warps=4 if exact else 8,
-        num_stages=2,
-    )
+    return {
+        "TILE_D": _tile(D, dtype),
+        "TILE_E": _tile(E, dtype),
+        "BLOCK_N": 16 if exact else 64,
+        "num_warps": 4 if exact else 8,
+        "num_stages": 2,
+    }
 
 
 def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
@@ -375,7 +387,8 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     blocks = row_blocks(q.dtype)
     E0, E1 = head_tile(E)
     wide_apply_kernel[(B * H, triton.cdiv(N, blocks["BLOCK_N"]))](
-        q, qd, kv, k_sum, out, H, N, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit), scale, inv_count, eps,
+        q, qd, kv, k_sum, out, H, N, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
+        scale, inv_count, eps,
         D=D, E=E, E0=E0, E1=E1, FEATURE=feature_map, NORMALIZE=normalize, UNIT=unit, **blocks,
     )  # fmt: skip
 
