@@ -77,6 +77,9 @@ def _case(size: tuple, dtype: str, batch: int = 2, **options: str) -> Case:
 
 
 def cases(device: torch.device, level: str) -> list[Case]:
+    if level == "smoke":
+        tiny = ("tiny", 2, 128, 40)
+        return [_case(tiny, dtype, mode=mode) for dtype in ("float32", "bfloat16") for mode in ("forward", "backward")]
     if device.type == "cuda":
         return _cuda_cases(level)
     if level == "quick":
@@ -273,11 +276,11 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="tokens N", title=dtype)
         axis.set_xscale("log", base=2)
         axis.grid(True, which="major", linewidth=0.3)
-        axis.legend(fontsize=7, loc="upper left")
+        axis.legend(fontsize=7, loc="best")
     axes[0][0].set_ylabel("times faster, forward")
     first = rows[0]
     panels.suptitle(
-        f"linattn {first['linattn']}: {first['device']} ({first['isa']}, {first['threads']} threads), "
+        f"linattn {first['linattn']}: {first['device']} ({first['isa']}, {first['threads']} threads)\n"
         f"torch {first['torch']}, {first['commit']}, {first['date']}",
         fontsize=8,
     )

@@ -41,7 +41,8 @@ class Case:
 class Family:
     """A benchmark family.
 
-    cases(device, level) lists the cases, the important ones first; level is "quick", "default" or "full".
+    cases(device, level) lists the cases, the important ones first; level is "smoke", "quick", "default" or
+    "full".
     providers(device) names the contenders; prepare(provider, case, device, machine, limit_s) builds one, or raises
     Skip(reason), for instance where one call would take longer than limit_s.
     work(case) is (bytes that must move, floating-point operations).

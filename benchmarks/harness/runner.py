@@ -18,8 +18,13 @@ from .record import BASELINES, Recorder
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
-#: Per level: seconds of sampling per case, seconds one call of a contender may take, seconds of the whole run.
-LEVELS = {"quick": (1.0, 1.5, 60.0), "default": (2.5, 4.0, 360.0), "full": (6.0, 60.0, 3600.0)}
+#: Per level (smoke is for tests): seconds of sampling per case, that one call may take, of the whole run.
+LEVELS = {
+    "smoke": (0.2, 1.0, 20.0),
+    "quick": (1.0, 1.5, 60.0),
+    "default": (2.5, 4.0, 360.0),
+    "full": (6.0, 60.0, 3600.0),
+}
 
 
 def parser(family: Family) -> argparse.ArgumentParser:
@@ -28,6 +33,8 @@ def parser(family: Family) -> argparse.ArgumentParser:
     level = p.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="a few cases, about a minute")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="every size and type")
+    level.add_argument("--smoke", dest="level", action="store_const", const="smoke", help="tiny sizes: does it run?")
+    p.add_argument("--providers", nargs="+", help="these contenders only (default: all that can run)")
     p.add_argument("--budget", type=float, help="seconds for all cases; what does not fit is not started")
     p.add_argument("--seconds", type=float, help="seconds of sampling per case")
     p.add_argument("--limit", type=float, help="leave out contenders of which one call takes longer (seconds)")
@@ -54,7 +61,7 @@ def main(family: Family, argv: list[str] | None = None) -> int:
 
     facts = environment.collect(device)
     print("\n".join(environment.header(facts)), flush=True)
-    machine = roofline.measure(device, 2.0 if budget < 90 else 6.0)
+    machine = roofline.measure(device, {"smoke": 0.5, "quick": 2.0}.get(args.level, 6.0))
     print("\n".join(machine.lines()), "\n", flush=True)
 
     if args.save:
@@ -69,8 +76,10 @@ def main(family: Family, argv: list[str] | None = None) -> int:
         if time.perf_counter() - began > budget:
             unstarted.append(case)
             continue
-        run_case(family, case, device, machine, canary, recorder, facts, seconds=seconds, limit=limit)
-    for provider, case in [] if args.no_memory else family.memory_cases(device):
+        chosen = [name for name in family.providers(device) if not args.providers or name in args.providers]
+        run_case(family, case, chosen, device, machine, canary, recorder, facts, seconds=seconds, limit=limit)
+    quick = args.no_memory or args.only or args.level in ("smoke", "quick")
+    for provider, case in [] if quick else family.memory_cases(device):
         if time.perf_counter() - began < budget:
             run_memory(family, provider, case, device, recorder, facts, limit=60.0)
     recorder.close()
@@ -98,11 +107,16 @@ def _columns(family: Family, case: Case, facts: dict[str, str]) -> dict[str, obj
 
 
 def build(
-    family: Family, case: Case, device: torch.device, machine: roofline.Machine, limit: float
+    family: Family,
+    case: Case,
+    providers: list[str],
+    device: torch.device,
+    machine: roofline.Machine,
+    limit: float,
 ) -> tuple[dict, dict[str, str]]:
     """(samplers by provider, reasons of those that were left out)."""
     samplers, skipped = {}, {}
-    for provider in family.providers(device):
+    for provider in providers:
         try:
             contender = family.prepare(provider, case, device, machine, limit)
             if device.type == "cuda":
@@ -128,6 +142,7 @@ def build(
 def run_case(
     family: Family,
     case: Case,
+    providers: list[str],
     device: torch.device,
     machine: roofline.Machine,
     canary: Canary,
@@ -140,7 +155,7 @@ def run_case(
     """Measure one case and record a row per provider."""
     torch._dynamo.reset()
     columns = _columns(family, case, facts) | {"metric": "time", "unit": "ms"}
-    samplers, skipped = build(family, case, device, machine, limit)
+    samplers, skipped = build(family, case, providers, device, machine, limit)
     print(case, flush=True)
     if samplers:
         measured = interleave(samplers, canary, seconds=seconds)
