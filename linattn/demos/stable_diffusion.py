@@ -82,6 +82,10 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
         "layers": layers,
         "unmounting_restores_the_pictures": restored,
     }
+    picture, numbers = out / f"{NAME}.png", out / f"{NAME}.json"
+    _picture(pipes[STOCK], prompts, drawn, len(seeds), figures).save(picture)
+    numbers.write_text(json.dumps(figures, indent=2) + "\n")
+
     report("\n" + _score_table(figures))
     report("\n" + _layer_table(layers))
     if layers[0]["linattn_seconds"] > layers[0]["stock_seconds"]:
@@ -95,10 +99,6 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
         "\nSingle digits are an easy task: accuracies near 1 show that both work, not that they are equally good."
         f"\n\nThe same with real weights (downloads them; wants a GPU):\n\n{REAL_WEIGHTS}"
     )
-
-    picture, numbers = out / f"{NAME}.png", out / f"{NAME}.json"
-    _picture(pipes[STOCK], prompts, drawn, len(seeds), figures).save(picture)
-    numbers.write_text(json.dumps(figures, indent=2) + "\n")
     return [picture, numbers]
 
 
