@@ -15,7 +15,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONST
 SOURCES := $(wildcard csrc/*/* CMakeLists.txt cmake/* setup.py)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 # One pytest process per core (4 at most), each with its share of the threads: most of the suite is Python and
-# Triton's interpreter, which use one core; tests that are about threads set their number themselves.
+# Triton's interpreter, which use one core; tests that are about threads set their number themselves. A file stays in
+# one process, since the tests of some share one compilation (loadgroup would say that better, but pytest-xdist 3.8's
+# does nothing under pytest 9.2).
 WORKERS ?= $(shell n=$(CORES); [ $$n -gt 4 ] && n=4; echo $$n)
 TEST_THREADS ?= $(shell n=$$(( $(CORES) / $(WORKERS) )); [ $$n -lt 1 ] && n=1; echo $$n)
 
@@ -58,7 +60,7 @@ $(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
 install: $(VENV)/.test
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=8 $(PYTEST_ARGS)
 
 CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 

@@ -34,8 +34,6 @@ void launch_twice(const torch::stable::Tensor& x, torch::stable::Tensor& y) {
 
 pytestmark = [
     pytest.mark.slow_install,
-    # One worker does the whole file: its tests share one compilation.
-    pytest.mark.xdist_group("install"),
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout with setup.py"),
 ]
 
