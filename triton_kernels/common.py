@@ -160,7 +160,7 @@ def reduce_kernel(PART0, PART1, OUT0, OUT1, size0, size1, splits, BLOCK: tl.cons
 
 @triton.jit
 def vector_operand(vector, fit, DTYPE: tl.constexpr):
-    """A float32 vector times fit as a [D, 16] right operand whose columns add up to it: three terms of DTYPE, and zeros.
+    """A float32 vector times fit as a [D, 16] right operand whose columns add up to it: three terms of DTYPE, zeros.
 
     A product with it is phi(x) . vector in the tensor core, at float32's precision, with the very operand (and in the
     very register layout) that the numerator uses.

@@ -2,8 +2,8 @@
 
     kv = sum_j phi(k_j)^T v_j     k_sum = sum_j phi(k_j)     out_i = phi(q_i) (scale kv) / (phi(q_i) . k_sum / M + eps)
 
-Everything here is bound by memory: bfloat16 D = 64 moves 512 bytes per token and head for 16.6 kFLOP, a third of what an
-H200 could multiply meanwhile. So each pass reads its rows exactly once, and the D x E matrix never leaves the SM:
+Everything here is bound by memory: bfloat16 D = 64 moves 512 bytes per token and head for 16.6 kFLOP, a third of what
+an H200 could multiply meanwhile. So each pass reads its rows exactly once, and the D x E matrix never leaves the SM:
 
   state           k, v -> kv, k_sum    one program per (head, split of the tokens); float32 state in registers, one
                                        partial of D*E + D floats per split
@@ -12,13 +12,14 @@ H200 could multiply meanwhile. So each pass reads its rows exactly once, and the
                                        right operand of every product
   forward_short   q, k, v -> out       both in one launch where the keys of a head are so few that every program can sum
                                        them for itself; below about 1,000 tokens launches cost more than bytes
-  apply_backward  dO, q -> dQ, dkv     one pass over dO and q (formulas: docs/linear_attention.md)
-  state_backward  k, v -> dK, dV       one pass over k and v
+  apply_backward  dO, q -> dQ, dkv     one pass over dO and q up to D = 64; above, dQ and dkv in a pass each, because
+                                       the accumulators of both do not fit into registers (formulas: the launcher)
+  state_backward  k, v -> dK, dV       one pass over k and v up to D = 128, two (linear_attention_wide.py) above
 
 A head dim is cut into at most two blocks of powers of two (common.head_tile): 40 -> 64, 80 -> 64 + 16, 160 -> 128 + 32.
-Lanes past the head dim are masked and cost no traffic. The number of splits is a function of the token count, the number
-of heads, the head dims, the dtype and the device, never of the batch, so a sample alone and the same sample in a batch
-give the same bits. Float32 and head dims above 160 go through linear_attention_wide.py.
+Lanes past the head dim are masked and cost no traffic. The number of splits is a function of the token count, the
+number of heads, the head dims, the dtype and the device, never of the batch, so a sample alone and the same sample in a
+batch give the same bits. Float32 and head dims above 160 go through linear_attention_wide.py.
 
 Numbers: phi is evaluated in float32; the products take phi(k), v, phi(q) in the input dtype and accumulate in float32;
 k_sum and z are sums of the same rounded phi that enters the products, so the two ends of the fraction share their
@@ -85,6 +86,15 @@ def _phi_rounded(
 
 
 @triton.jit
+def _outer(a, b, acc, FLIP: tl.constexpr):
+    """acc + a^T b, or its transpose."""
+    if FLIP:
+        return tl.dot(tl.trans(b), a, acc)
+    else:
+        return tl.dot(tl.trans(a), b, acc)
+
+
+@triton.jit
 def accumulate_state(
     K, V, KD, lo, hi, k_sn, v_sn, kd_sn,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
@@ -92,14 +102,18 @@ def accumulate_state(
 ):  # fmt: skip
     """kv in up to four blocks and k_sum in up to two, summed over tokens lo .. hi of one head.
 
-    k_sum is a product with ones, so it rounds and accumulates exactly as kv does.
+    k_sum is a product with ones, so it rounds and accumulates exactly as kv does. FLIP: at eight warps the blocks of
+    the D1 rows are accumulated transposed, because wgmma wants 64 rows and mma.sync there costs too many registers.
     """
+    FLIP: tl.constexpr = D0 > 64
+    D2: tl.constexpr = D1 if D1 > 0 else 16
+    E2: tl.constexpr = E1 if E1 > 0 else 16
     kv00 = tl.zeros([D0, E0], tl.float32)
-    kv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
-    kv10 = tl.zeros([D1 if D1 > 0 else 16, E0], tl.float32)
-    kv11 = tl.zeros([D1 if D1 > 0 else 16, E1 if E1 > 0 else 16], tl.float32)
+    kv01 = tl.zeros([D0, E2], tl.float32)
+    kv10 = tl.zeros([E0, D2] if FLIP else [D2, E0], tl.float32)
+    kv11 = tl.zeros([E2, D2] if FLIP else [D2, E2], tl.float32)
     sum0 = tl.zeros([D0, 16], tl.float32)
-    sum1 = tl.zeros([D1 if D1 > 0 else 16, 16], tl.float32)
+    sum1 = tl.zeros([16, D2] if FLIP else [D2, 16], tl.float32)
     ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(K.dtype.element_ty)
     token = tl.arange(0, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
@@ -107,25 +121,29 @@ def accumulate_state(
         live = start + token < hi
         K_at = K + at * k_sn * UNIT
         V_at = V + at * v_sn * UNIT
-        p0 = tl.trans(_phi_rounded(K_at, token, live, k_sn, UNIT, 0, D, D0, FEATURE, True, True))
+        p0 = _phi_rounded(K_at, token, live, k_sn, UNIT, 0, D, D0, FEATURE, True, True)
         v0 = _load(V_at, token, live, v_sn, UNIT, 0, E, E0, True)
-        kv00 = tl.dot(p0, v0, kv00)
+        kv00 = _outer(p0, v0, kv00, False)
         if E1 > 0:
             v1 = _load(V_at, token, live, v_sn, UNIT, E0, E, E1, True)
-            kv01 = tl.dot(p0, v1, kv01)
+            kv01 = _outer(p0, v1, kv01, False)
         if D1 > 0:
-            p1 = tl.trans(_phi_rounded(K_at, token, live, k_sn, UNIT, D0, D, D1, FEATURE, True, True))
-            kv10 = tl.dot(p1, v0, kv10)
+            p1 = _phi_rounded(K_at, token, live, k_sn, UNIT, D0, D, D1, FEATURE, True, True)
+            kv10 = _outer(p1, v0, kv10, FLIP)
             if E1 > 0:
-                kv11 = tl.dot(p1, v1, kv11)
+                kv11 = _outer(p1, v1, kv11, FLIP)
         if HAS_DENOM:
             KD_at = KD + at * kd_sn * UNIT
-            p0 = tl.trans(_phi_rounded(KD_at, token, live, kd_sn, UNIT, 0, D, D0, FEATURE, True, True))
+            p0 = _phi_rounded(KD_at, token, live, kd_sn, UNIT, 0, D, D0, FEATURE, True, True)
             if D1 > 0:
-                p1 = tl.trans(_phi_rounded(KD_at, token, live, kd_sn, UNIT, D0, D, D1, FEATURE, True, True))
-        sum0 = tl.dot(p0, ones, sum0)
+                p1 = _phi_rounded(KD_at, token, live, kd_sn, UNIT, D0, D, D1, FEATURE, True, True)
+        sum0 = _outer(p0, ones, sum0, False)
         if D1 > 0:
-            sum1 = tl.dot(p1, ones, sum1)
+            sum1 = _outer(p1, ones, sum1, FLIP)
+    if FLIP:
+        kv10 = tl.trans(kv10)
+        kv11 = tl.trans(kv11)
+        sum1 = tl.trans(sum1)
     first = tl.arange(0, 16)[None, :] == 0
     return kv00, kv01, kv10, kv11, tl.sum(tl.where(first, sum0, 0.0), 1), tl.sum(tl.where(first, sum1, 0.0), 1)
 
@@ -154,22 +172,29 @@ def load_state(
 
 @triton.jit
 def store_state(
-    KV, KSUM, kv00, kv01, kv10, kv11, sum0, sum1, kv_scale, sum_scale,
+    KV, kv00, kv01, kv10, kv11,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
 ):  # fmt: skip
     d0 = tl.arange(0, D0)
     e0 = tl.arange(0, E0)
-    store_matrix(KV, kv00 * kv_scale, d0, e0, D, E)
-    tl.store(KSUM + d0, sum0 * sum_scale, mask=d0 < D)
+    store_matrix(KV, kv00, d0, e0, D, E)
     if E1 > 0:
         e1 = E0 + tl.arange(0, E1)
-        store_matrix(KV, kv01 * kv_scale, d0, e1, D, E)
+        store_matrix(KV, kv01, d0, e1, D, E)
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        store_matrix(KV, kv10 * kv_scale, d1, e0, D, E)
-        tl.store(KSUM + d1, sum1 * sum_scale, mask=d1 < D)
+        store_matrix(KV, kv10, d1, e0, D, E)
         if E1 > 0:
-            store_matrix(KV, kv11 * kv_scale, d1, e1, D, E)
+            store_matrix(KV, kv11, d1, e1, D, E)
+
+
+@triton.jit
+def store_sum(KSUM, sum0, sum1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    d0 = tl.arange(0, D0)
+    tl.store(KSUM + d0, sum0, mask=d0 < D)
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)
+        tl.store(KSUM + d1, sum1, mask=d1 < D)
 
 
 @triton.jit
@@ -247,16 +272,22 @@ def emit_output(
     Q, QD, OUT, lo, hi, q_sn, qd_sn, o_sn, w00, w01, w10, w11, mean0, mean1, scale, eps,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    PEEL: tl.constexpr,
 ):  # fmt: skip
-    """out rows lo .. hi of one head from the rounded state. Lanes past D hold phi(0), and meet zeros in w and mean."""
+    """out rows lo .. hi of one head from the rounded state. Lanes past D hold phi(0), and meet zeros in w and mean.
+
+    PEEL: full blocks go without masks, which is faster but needs the code twice.
+    """
     m0, m1, unscale = round_vector(mean0, mean1, D1, Q.dtype.element_ty)
-    whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
+    whole = hi
+    if PEEL:
+        whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
     for start in range(lo, whole, BLOCK_N):
         _emit_step(
             start, hi, Q, QD, OUT, q_sn, qd_sn, o_sn, w00, w01, w10, w11, m0, m1, unscale, scale, eps,
-            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, False,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, not PEEL,
         )  # fmt: skip
-    if whole < hi:
+    if PEEL and whole < hi:
         _emit_step(
             whole, hi, Q, QD, OUT, q_sn, qd_sn, o_sn, w00, w01, w10, w11, m0, m1, unscale, scale, eps,
             D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, True,
@@ -286,9 +317,8 @@ def state_kernel(
         D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, UNIT, BLOCK_N,
     )  # fmt: skip
     slot = split.to(tl.int64) * tl.num_programs(0) + row
-    store_state(
-        KV + slot * (D * E), KSUM + slot * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
-    )
+    store_state(KV + slot * (D * E), kv00, kv01, kv10, kv11, D, E, D0, D1, E0, E1)
+    store_sum(KSUM + slot * D, sum0, sum1, D, D0, D1)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
@@ -314,7 +344,7 @@ def apply_kernel(
         Q + b * q_sb * UNIT + h * q_sh * UNIT, QD + b * qd_sb * UNIT + h * qd_sh * UNIT,
         OUT + b * o_sb * UNIT + h * o_sh * UNIT, lo, hi, q_sn, qd_sn, o_sn,
         w00, w01, w10, w11, mean0, mean1, scale * unscale, eps,
-        D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N,
+        D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, True,
     )  # fmt: skip
 
 
@@ -339,9 +369,8 @@ def forward_short_kernel(
     )  # fmt: skip
     if STATE and run == 0:
         at = row.to(tl.int64)
-        store_state(
-            KV + at * (D * E), KSUM + at * D, kv00, kv01, kv10, kv11, sum0, sum1, 1.0, 1.0, D, E, D0, D1, E0, E1
-        )
+        store_state(KV + at * (D * E), kv00, kv01, kv10, kv11, D, E, D0, D1, E0, E1)
+        store_sum(KSUM + at * D, sum0, sum1, D, D0, D1)
     w00, w01, w10, w11, unscale = round_state(kv00, kv01, kv10, kv11, D1, E1, Q.dtype.element_ty)
     lo = run * chunk
     hi = tl.minimum(lo + chunk, tokens)
@@ -349,7 +378,7 @@ def forward_short_kernel(
         Q + b * q_sb * UNIT + h * q_sh * UNIT, QD + b * qd_sb * UNIT + h * qd_sh * UNIT,
         OUT + b * o_sb * UNIT + h * o_sh * UNIT, lo, hi, q_sn, qd_sn, o_sn,
         w00, w01, w10, w11, sum0 * inv_count, sum1 * inv_count, scale * unscale, eps,
-        D, E, D0, D1, E0, E1, FEATURE, HAS_QD, NORMALIZE, UNIT, BLOCK_N,
+        D, E, D0, D1, E0, E1, FEATURE, HAS_QD, NORMALIZE, UNIT, BLOCK_N, False,
     )  # fmt: skip
 
 
@@ -358,8 +387,8 @@ def _apply_backward_step(
     start, hi, G, Q, QD, GQ, GQD, g_sn, q_sn, qd_sn, gq_sn, gqd_sn, w00, w01, w10, w11, unscale, mean0, mean1, eps,
     gkv00, gkv01, gkv10, gkv11, gsum0, gsum1,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, STATE: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = Q.dtype.element_ty
     at = tl.cast(start, tl.int64)
@@ -367,79 +396,80 @@ def _apply_backward_step(
     live = start + token < hi
     G += at * g_sn * UNIT
     Q += at * q_sn * UNIT
-    GQ += at * gq_sn * UNIT
     g0 = _load(G, token, live, g_sn, UNIT, 0, E, E0, MASKED)
-    x0 = _load(Q, token, live, q_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
-    p0 = phi(x0, FEATURE, False)
-    a0 = p0
-    dp0 = tl.dot(g0, tl.trans(w00))
     if E1 > 0:
         g1 = _load(G, token, live, g_sn, UNIT, E0, E, E1, MASKED)
-        dp0 = tl.dot(g1, tl.trans(w01), dp0)
-    dp0 *= unscale
+    p0 = phi(_load(Q, token, live, q_sn, UNIT, 0, D, D0, MASKED).to(tl.float32), FEATURE, False)
     if D1 > 0:
-        x1 = _load(Q, token, live, q_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
-        p1 = phi(x1, FEATURE, False)
-        a1 = p1
-        dp1 = tl.dot(g0, tl.trans(w10))
+        p1 = phi(_load(Q, token, live, q_sn, UNIT, D0, D, D1, MASKED).to(tl.float32), FEATURE, False)
+    if ROWS:
+        GQ += at * gq_sn * UNIT
+        dp0 = tl.dot(g0, tl.trans(w00))
         if E1 > 0:
-            dp1 = tl.dot(g1, tl.trans(w11), dp1)
-        dp1 *= unscale
+            dp0 = tl.dot(g1, tl.trans(w01), dp0)
+        dp0 *= unscale
+        if D1 > 0:
+            dp1 = tl.dot(g0, tl.trans(w10))
+            if E1 > 0:
+                dp1 = tl.dot(g1, tl.trans(w11), dp1)
+            dp1 *= unscale
+    a0 = p0
+    if D1 > 0:
+        a1 = p1
     if NORMALIZE:
-        y0 = x0
         r0 = p0
+        if D1 > 0:
+            r1 = p1
         if HAS_DENOM:
             QD += at * qd_sn * UNIT
-            y0 = _load(QD, token, live, qd_sn, UNIT, 0, D, D0, MASKED).to(tl.float32)
-            r0 = phi(y0, FEATURE, False)
+            r0 = phi(_load(QD, token, live, qd_sn, UNIT, 0, D, D0, MASKED).to(tl.float32), FEATURE, False)
+            if D1 > 0:
+                r1 = phi(_load(QD, token, live, qd_sn, UNIT, D0, D, D1, MASKED).to(tl.float32), FEATURE, False)
         z = tl.sum(r0 * mean0[None, :], 1) + eps
-        dot = tl.sum(p0 * dp0, 1)
         if D1 > 0:
-            y1 = x1
-            r1 = p1
-            if HAS_DENOM:
-                y1 = _load(QD, token, live, qd_sn, UNIT, D0, D, D1, MASKED).to(tl.float32)
-                r1 = phi(y1, FEATURE, False)
             z += tl.sum(r1 * mean1[None, :], 1)
-            dot += tl.sum(p1 * dp1, 1)
         inv_z = 1.0 / z
         if MASKED:
             inv_z = tl.where(live, inv_z, 0.0)  # z of a dead row may be 0
-        dz_z = -dot * inv_z
-        dz = dz_z * inv_z
         a0 = p0 * inv_z[:, None]
-        dp0 *= inv_z[:, None]
         if D1 > 0:
             a1 = p1 * inv_z[:, None]
-            dp1 *= inv_z[:, None]
-        # sum_i dz_i phi_i = sum_i (phi_i / z_i) (dz_i z_i): one more column of the product that gives grad_kv.
-        weight = vector_operand(dz_z, 1.0, dtype)
-        if HAS_DENOM:
-            GQD += at * gqd_sn * UNIT
-            dy = dz[:, None] * mean0[None, :] * phi_slope(r0, FEATURE)
-            _store(GQD, dy, token, live, gqd_sn, UNIT, 0, D, D0, MASKED)
-            gsum0 = tl.dot(tl.trans((r0 * inv_z[:, None]).to(dtype)), weight, gsum0)
+        if ROWS:
+            dz_z = tl.sum(p0 * dp0, 1)
             if D1 > 0:
-                dy = dz[:, None] * mean1[None, :] * phi_slope(r1, FEATURE)
-                _store(GQD, dy, token, live, gqd_sn, UNIT, D0, D, D1, MASKED)
-                gsum1 = tl.dot(tl.trans((r1 * inv_z[:, None]).to(dtype)), weight, gsum1)
-        else:
-            dp0 += dz[:, None] * mean0[None, :]
-            gsum0 = tl.dot(tl.trans(a0.to(dtype)), weight, gsum0)
+                dz_z += tl.sum(p1 * dp1, 1)
+            dz_z = -dz_z * inv_z
+            dz = dz_z * inv_z
+            dp0 *= inv_z[:, None]
             if D1 > 0:
-                dp1 += dz[:, None] * mean1[None, :]
-                gsum1 = tl.dot(tl.trans(a1.to(dtype)), weight, gsum1)
-    _store(GQ, dp0 * phi_slope(p0, FEATURE), token, live, gq_sn, UNIT, 0, D, D0, MASKED)
-    a0 = tl.trans(a0.to(dtype))
-    gkv00 = tl.dot(a0, g0, gkv00)
-    if E1 > 0:
-        gkv01 = tl.dot(a0, g1, gkv01)
-    if D1 > 0:
-        _store(GQ, dp1 * phi_slope(p1, FEATURE), token, live, gq_sn, UNIT, D0, D, D1, MASKED)
-        a1 = tl.trans(a1.to(dtype))
-        gkv10 = tl.dot(a1, g0, gkv10)
+                dp1 *= inv_z[:, None]
+            gsum0 += dz[:, None] * r0  # rows are added up after the last block
+            if D1 > 0:
+                gsum1 += dz[:, None] * r1
+            if HAS_DENOM:
+                GQD += at * gqd_sn * UNIT
+                dr = dz[:, None] * mean0[None, :] * phi_slope(r0, FEATURE)
+                _store(GQD, dr, token, live, gqd_sn, UNIT, 0, D, D0, MASKED)
+                if D1 > 0:
+                    dr = dz[:, None] * mean1[None, :] * phi_slope(r1, FEATURE)
+                    _store(GQD, dr, token, live, gqd_sn, UNIT, D0, D, D1, MASKED)
+            else:
+                dp0 += dz[:, None] * mean0[None, :]
+                if D1 > 0:
+                    dp1 += dz[:, None] * mean1[None, :]
+    if ROWS:
+        _store(GQ, dp0 * phi_slope(p0, FEATURE), token, live, gq_sn, UNIT, 0, D, D0, MASKED)
+        if D1 > 0:
+            _store(GQ, dp1 * phi_slope(p1, FEATURE), token, live, gq_sn, UNIT, D0, D, D1, MASKED)
+    if STATE:
+        FLIP: tl.constexpr = D0 > 64  # as in accumulate_state
+        gkv00 = _outer(a0.to(dtype), g0, gkv00, False)
         if E1 > 0:
-            gkv11 = tl.dot(a1, g1, gkv11)
+            gkv01 = _outer(a0.to(dtype), g1, gkv01, False)
+        if D1 > 0:
+            gkv10 = _outer(a1.to(dtype), g0, gkv10, FLIP)
+            if E1 > 0:
+                gkv11 = _outer(a1.to(dtype), g1, gkv11, FLIP)
     return gkv00, gkv01, gkv10, gkv11, gsum0, gsum1
 
 
@@ -449,9 +479,10 @@ def apply_backward_kernel(
     g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, gq_sb, gq_sh, gq_sn, gqd_sb, gqd_sh, gqd_sn,
     scale, inv_count, eps,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    FEATURE: tl.constexpr, HAS_DENOM: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, STATE: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_q of one run of tokens, and this run's partial grad_kv and grad_k_sum (laid out as in state_kernel)."""
+    """ROWS: grad_q of one run of tokens and its partial grad_k_sum. STATE: its partial grad_kv (as in state_kernel)."""
     dtype: tl.constexpr = Q.dtype.element_ty
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -474,31 +505,37 @@ def apply_backward_kernel(
     if D1 > 0:
         mean1 = load_vector(KSUM + at * D, D0 + tl.arange(0, D1), D) * inv_count
 
+    FLIP: tl.constexpr = D0 > 64
+    D2: tl.constexpr = D1 if D1 > 0 else 16
+    E2: tl.constexpr = E1 if E1 > 0 else 16
     gkv00 = tl.zeros([D0, E0], tl.float32)
-    gkv01 = tl.zeros([D0, E1 if E1 > 0 else 16], tl.float32)
-    gkv10 = tl.zeros([D1 if D1 > 0 else 16, E0], tl.float32)
-    gkv11 = tl.zeros([D1 if D1 > 0 else 16, E1 if E1 > 0 else 16], tl.float32)
-    gsum0 = tl.zeros([D0, 16], tl.float32)
-    gsum1 = tl.zeros([D1 if D1 > 0 else 16, 16], tl.float32)
+    gkv01 = tl.zeros([D0, E2], tl.float32)
+    gkv10 = tl.zeros([E0, D2] if FLIP else [D2, E0], tl.float32)
+    gkv11 = tl.zeros([E2, D2] if FLIP else [D2, E2], tl.float32)
+    gsum0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    gsum1 = tl.zeros([BLOCK_N, D2], tl.float32)
     whole = lo + (hi - lo) // BLOCK_N * BLOCK_N
     for start in range(lo, whole, BLOCK_N):
         gkv00, gkv01, gkv10, gkv11, gsum0, gsum1 = _apply_backward_step(
             start, hi, G, Q, QD, GQ, GQD, g_sn, q_sn, qd_sn, gq_sn, gqd_sn, w00, w01, w10, w11, unscale, mean0, mean1,
             eps, gkv00, gkv01, gkv10, gkv11, gsum0, gsum1,
-            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, False,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, ROWS, STATE, UNIT, BLOCK_N, False,
         )  # fmt: skip
     if whole < hi:
         gkv00, gkv01, gkv10, gkv11, gsum0, gsum1 = _apply_backward_step(
             whole, hi, G, Q, QD, GQ, GQD, g_sn, q_sn, qd_sn, gq_sn, gqd_sn, w00, w01, w10, w11, unscale, mean0, mean1,
             eps, gkv00, gkv01, gkv10, gkv11, gsum0, gsum1,
-            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, UNIT, BLOCK_N, True,
+            D, E, D0, D1, E0, E1, FEATURE, HAS_DENOM, NORMALIZE, ROWS, STATE, UNIT, BLOCK_N, True,
         )  # fmt: skip
     slot = split.to(tl.int64) * tl.num_programs(0) + row
-    store_state(
-        GKV + slot * (D * E), GKSUM + slot * D, gkv00, gkv01, gkv10, gkv11, tl.sum(gsum0, 1), tl.sum(gsum1, 1),
-        scale, inv_count,
-        D, E, D0, D1, E0, E1,
-    )  # fmt: skip
+    if STATE:
+        if FLIP:
+            gkv10 = tl.trans(gkv10)
+            gkv11 = tl.trans(gkv11)
+        GKV += slot * (D * E)
+        store_state(GKV, gkv00 * scale, gkv01 * scale, gkv10 * scale, gkv11 * scale, D, E, D0, D1, E0, E1)
+    if ROWS:
+        store_sum(GKSUM + slot * D, tl.sum(gsum0, 0) * inv_count, tl.sum(gsum1, 0) * inv_count, D, D0, D1)
 
 
 @triton.jit
@@ -608,11 +645,14 @@ def narrow(D: int, E: int, dtype: torch.dtype) -> bool:
 
 @lru_cache(None)
 def blocks(kernel: str, D: int, E: int) -> dict:
-    """Tiles, rows per step, warps and pipeline stages: one choice per kernel and head dims, from ahead-of-time reports."""
-    D0, D1 = head_tile(D)
-    E0, E1 = head_tile(E)
-    warps = 8 if kernel != "apply" and D0 * E0 > 64 * 64 else 4
-    return {"D0": D0, "D1": D1, "E0": E0, "E1": E1, "BLOCK_N": 64, "num_warps": warps, "num_stages": 3}
+    """Tiles, rows per step, warps and pipeline stages: one choice per kernel and head dims, from compiler reports."""
+    padded = kernel == "apply_backward_rows"  # two column blocks there spill, and a padded one costs no traffic
+    D0, D1 = (max(16, triton.next_power_of_2(D)), 0) if padded else head_tile(D)
+    E0, E1 = (max(16, triton.next_power_of_2(E)), 0) if padded else head_tile(E)
+    # apply holds no state in registers; elsewhere a tile above 64 x 64 takes eight warps.
+    warps = 4 if kernel == "apply" or D0 * E0 <= 64 * 64 else 8
+    stages = 2 if D1 + E1 > 0 and kernel not in ("apply", "state_backward") else 3
+    return {"D0": D0, "D1": D1, "E0": E0, "E1": E1, "BLOCK_N": 64, "num_warps": warps, "num_stages": stages}
 
 
 def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
@@ -756,13 +796,21 @@ def apply_backward(
     unit = stride_unit(grad_out, q, qd, grad_q, gqd)
     splits, chunk = split_tokens(N, H, E, 1, multiprocessors(q.device))
     part, kv_part, sum_part = _partials(splits, grad_kv, grad_k_sum)
-    apply_backward_kernel[(B * H, splits)](
-        grad_out, q, qd, kv, k_sum, grad_q, gqd, kv_part, sum_part, H, N, chunk,
-        *_strides(grad_out, unit), *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit),
-        *_strides(gqd, unit), scale, inv_count, eps,
-        D=D, E=E, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit,
-        **blocks("apply_backward", D, E),
-    )  # fmt: skip
+    halves = ("both",) if max(D, E) <= 64 else ("rows", "state")
+    if max(D, E) > 128:
+        halves = ("state",)
+        wide.grad_q(
+            grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, grad_q, grad_q_denom,
+            sum_part, splits, chunk,
+        )  # fmt: skip
+    for half in halves:
+        apply_backward_kernel[(B * H, splits)](
+            grad_out, q, qd, kv, k_sum, grad_q, gqd, kv_part, sum_part, H, N, chunk,
+            *_strides(grad_out, unit), *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit),
+            *_strides(gqd, unit), scale, inv_count, eps,
+            D=D, E=E, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize,
+            ROWS=half != "state", STATE=half != "rows", UNIT=unit, **blocks(f"apply_backward_{half}", D, E),
+        )  # fmt: skip
     if splits > 1:
         reduce_partials(part, splits, grad_kv, grad_k_sum)
 
@@ -777,7 +825,7 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     E = v.shape[-1]
     if B * H == 0:
         return
-    if not narrow(D, E, k.dtype):
+    if not narrow(D, E, k.dtype) or max(D, E) > 128:
         wide.state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom)
         return
     kd, gkd = (k, grad_k) if k_denom is None else (k_denom, grad_k_denom)

@@ -330,11 +330,11 @@ def _tile(width: int, dtype: torch.dtype) -> int:
     return min(64 if dtype == torch.float32 else 128, triton.next_power_of_2(max(width, 16)))
 
 
-def row_blocks(dtype: torch.dtype) -> dict:
-    """Rows per program, contraction step and warps of the three row kernels."""
+def row_blocks(dtype: torch.dtype, holds_rows: bool = False) -> dict:
+    """Rows per program, contraction step, warps and stages of the row kernels; holds_rows: of wide_grad_q."""
     if dtype == torch.float32:
-        return {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8 if holds_rows else 4, "num_stages": 2}
+    return {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1 if holds_rows else 2}
 
 
 def state_blocks(D: int, E: int, dtype: torch.dtype) -> dict:
@@ -393,32 +393,45 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     )  # fmt: skip
 
 
-def apply_backward(
-    grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
-    grad_q, grad_q_denom, grad_kv, grad_k_sum,
+def grad_q(
+    grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, grad_q, grad_q_denom,
+    sum_partials, splits, chunk,
 ):  # fmt: skip
+    """grad_q, grad_q_denom and the partials [splits, B, H, D] of grad_k_sum."""
     B, H, N, D = q.shape
     E = grad_out.shape[-1]
     qd, gqd = (q, grad_q) if q_denom is None else (q_denom, grad_q_denom)
     unit = stride_unit(grad_out, q, qd, grad_q, gqd)
-    blocks = row_blocks(q.dtype)
     D0, D1 = head_tile(D)
-    splits, chunk = split_tokens(N, H, E, 1, multiprocessors(q.device))
+    if q.dtype != torch.float32:
+        D0, D1 = max(16, triton.next_power_of_2(D)), 0  # two column blocks spill on the tensor core path
+    wide_grad_q_kernel[(B * H, splits)](
+        grad_out, q, qd, kv, k_sum, grad_q, gqd, sum_partials, H, N, chunk, *_strides(grad_out, unit),
+        *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit), *_strides(gqd, unit), scale, inv_count, eps,
+        D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit,
+        **row_blocks(q.dtype, holds_rows=True),
+    )  # fmt: skip
+
+
+def apply_backward(
+    grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
+    dq, dq_denom, grad_kv, grad_k_sum,
+):  # fmt: skip
+    H, N = q.shape[1:3]
+    splits, chunk = split_tokens(N, H, grad_out.shape[-1], 1, multiprocessors(q.device))
     sums = grad_k_sum
     if splits > 1:
         sums = torch.empty(splits * grad_k_sum.numel(), dtype=torch.float32, device=q.device)
-    wide_grad_q_kernel[(B * H, splits)](
-        grad_out, q, qd, kv, k_sum, grad_q, gqd, sums, H, N, chunk, *_strides(grad_out, unit), *_strides(q, unit),
-        *_strides(qd, unit), *_strides(grad_q, unit), *_strides(gqd, unit), scale, inv_count, eps,
-        D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit,
-        **blocks,
+    grad_q(
+        grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, dq, dq_denom, sums, splits,
+        chunk,
     )  # fmt: skip
     if splits > 1:
         reduce_partials(sums, splits, grad_k_sum, None)
-    if normalize:
-        launch_state(q, grad_out, qd, k_sum, feature_map, scale, inv_count, eps, grad_kv, grad_k_sum)
-    else:
-        launch_state(q, grad_out, None, None, feature_map, scale, inv_count, eps, grad_kv, torch.empty_like(grad_k_sum))
+    weights = k_sum if normalize else None
+    unused = torch.empty_like(grad_k_sum)  # without weights the state kernel sums phi(q) as well
+    qd = q if q_denom is None else q_denom
+    launch_state(q, grad_out, qd, weights, feature_map, scale, inv_count, eps, grad_kv, unused)
 
 
 def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom):
