@@ -255,9 +255,10 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
 
     rows = [r for r in rows if r["provider"].startswith("linattn-") and r["mode"] == "forward" and r["p50"]]
     rows = [r for r in rows if r["layout"] == "BNHD" and r["timing"] == "eager"]
+    rows = [r for r in rows if r["over_sdpa"] or r["over_compiled"]]
     dtypes = [d for d in ("float32", "bfloat16", "float16") if any(r["dtype"] == d for r in rows)]
     if not dtypes:
-        raise ImportError("there is nothing to draw")
+        raise LookupError("there is nothing to draw")
     panels, axes = plt.subplots(1, len(dtypes), figsize=(4.6 * len(dtypes), 4.2), sharey=True, squeeze=False)
     colours = {"over_sdpa": "#b3446c", "over_compiled": "#33658a"}
     words = {"over_sdpa": "over SDPA (softmax)", "over_compiled": "over torch.compile'd eager"}
@@ -267,10 +268,12 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         for column, colour in colours.items():
             for name, marker in markers.items():
                 points = [r for r in mine if r[column] and r["provider"] == f"linattn-{name}"]
+                if not points:
+                    continue
                 axis.scatter(
                     [int(r["N"]) for r in points], [float(r[column]) for r in points],
                     color=colour, marker=marker, s=34, alpha=0.85,
-                    label=f"{name}, {words[column]}" if points else None,
+                    label=f"{name}, {words[column]}",
                 )  # fmt: skip
                 tokens = sorted({int(r["N"]) for r in points})
                 middle = [[float(r[column]) for r in points if int(r["N"]) == n] for n in tokens]

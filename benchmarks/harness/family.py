@@ -14,7 +14,7 @@ from .roofline import DTYPES, Machine
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work. `mode` is forward, backward or forward+backward; `timing` is eager, or graph (CUDA graphs)."""
+    """One piece of work. `mode` is forward, backward or forward+backward; `timing`: eager, graph (CUDA graphs), cpu-time."""
 
     name: str
     B: int

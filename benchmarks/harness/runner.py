@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import tempfile
 import time
@@ -27,6 +28,9 @@ LEVELS = {
 }
 
 
+_CLOCKS = {"eager": time.perf_counter, "cpu-time": time.process_time}
+
+
 def parser(family: Family) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog=f"python -m benchmarks.{family.name}", description=family.title)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -40,6 +44,7 @@ def parser(family: Family) -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, help="leave out contenders of which one call takes longer (seconds)")
     p.add_argument("--only", help="cases whose description contains this text")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    p.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: for a machine that is never quiet")
     p.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: a temporary one)")
     p.add_argument("--csv", type=Path, help="the CSV file, appended to if it exists (instead of one in --out)")
     p.add_argument("--save", action="store_true", help="write to benchmarks/results/<this device>/")
@@ -52,8 +57,8 @@ def main(family: Family, argv: list[str] | None = None) -> int:
     if argv is None:
         environment.apply_allocation_policy()
     args = parser(family).parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.threads or args.cpu_time:
+        torch.set_num_threads(1 if args.cpu_time else args.threads)
     seconds, limit, budget = LEVELS[args.level]
     seconds, limit, budget = args.seconds or seconds, args.limit or limit, args.budget or budget
     device = torch.device(args.device)
@@ -72,7 +77,10 @@ def main(family: Family, argv: list[str] | None = None) -> int:
     canary, unstarted = canary_for(device), []
     for _ in range(20):
         canary()
-    for case in (c for c in family.cases(device, args.level) if not args.only or args.only in str(c)):
+    cases = [c for c in family.cases(device, args.level) if not args.only or args.only in str(c)]
+    if args.cpu_time:
+        cases = [dataclasses.replace(case, timing="cpu-time") for case in cases]
+    for case in cases:
         if time.perf_counter() - began > budget:
             unstarted.append(case)
             continue
@@ -87,7 +95,7 @@ def main(family: Family, argv: list[str] | None = None) -> int:
     try:
         figure.parent.mkdir(parents=True, exist_ok=True)
         family.figure(recorder.rows, figure)
-    except ImportError as error:
+    except Exception as error:  # the numbers are written; a figure is not worth an error
         figure = None
         print(f"no figure: {error}")
     if unstarted:
@@ -129,7 +137,7 @@ def build(
                     took = time.perf_counter() - start
                 if took > limit:
                     raise Skip(f"one call took {took:.1f} s, the limit is {limit:g} s")
-                sampler = cpu_sampler(contender)
+                sampler = cpu_sampler(contender, _CLOCKS[case.timing])
             samplers[provider] = sampler
         except Skip as reason:
             skipped[provider] = str(reason)
