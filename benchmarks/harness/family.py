@@ -14,7 +14,7 @@ from .roofline import DTYPES, Machine
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work. `mode` is forward, backward or forward+backward; `timing`: eager, graph (CUDA graphs), cpu-time."""
+    """One piece of work. `mode`: forward, backward or forward+backward; `timing`: eager, graph (CUDA) or cpu-time."""
 
     name: str
     B: int
