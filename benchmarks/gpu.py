@@ -68,7 +68,7 @@ def plan(out: Path, device: str, quick: bool, minutes: float) -> list[Stage]:
         command += ["--csv", str(out / "benchmarks.csv"), "--budget", f"{0.85 * slice_:.0f}"]
         # Under --quick the compiled contender stays out: its compile time is most of a smoke run.
         command += ["--smoke", "--providers", "eager", "sdpa", "linattn-cpu", "linattn-triton"] if quick else []
-        command += [] if quick else ["--seconds", "0.4"] if device == "cuda" else []
+        command += [] if quick else ["--seconds", "0.4", "--limit", "0.3"] if device == "cuda" else []
         stages.append(Stage(name, command, slice_))
     tuning = [*module, "benchmarks.harness.tuning", "--out", str(out / "tuning.csv"), "--budget", f"{0.15 * total:.0f}"]
     stages.append(Stage("tuning", tuning, 0.15 * total + 20, "Triton runs on a GPU only" if device == "cpu" else None))

@@ -34,6 +34,7 @@ COLUMNS = (
     "default",
     "error",
 )
+#: Launchers; each may be several kernels.
 KERNELS = ("apply", "state", "apply_backward", "state_backward", "forward_short")
 HEAD_DIMS = (64, 40, 128, 80, 160)
 
@@ -104,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 sizes = {"B": 2, "H": 8, "N": tokens, "D": dim, "dtype": args.dtype}
                 row = {"kernel": kernel, **sizes, **choice, "default": int(i == 0)}
-                module.blocks = lambda *_, chosen=default | choice: chosen
+                # A launcher may consist of several kernels: its present choice is left as it is, others go to all of them.
+                changed = choice if i else {}
+                module.blocks = lambda *names, changed=changed: choose(*names) | changed
                 try:
                     seconds = _median(call, flush)
                     row |= {"p50_ms": f"{seconds * 1e3:.5g}", "GB_per_s": f"{moved / seconds / 1e9:.5g}"}
