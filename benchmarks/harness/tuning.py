@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         writer.writeheader()
         for dim, kernel in itertools.product(args.dims, args.kernels):
             default = choose(kernel, dim, dim)
-            tokens = min(args.tokens, 1024) if kernel == "forward_short" else args.tokens
+            tokens = min(args.tokens, 512) if kernel == "forward_short" else args.tokens
             call, moved = launch(module, kernel, tokens, 8, 2, dim, DTYPES[args.dtype], device)
             for i, choice in enumerate(candidates(default)[: args.most]):
                 if time.perf_counter() > deadline:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 sizes = {"B": 2, "H": 8, "N": tokens, "D": dim, "dtype": args.dtype}
                 row = {"kernel": kernel, **sizes, **choice, "default": int(i == 0)}
-                # A launcher may consist of several kernels: its present choice is left as it is, others go to all of them.
+                # A launcher may be several kernels: the present choice leaves each its own, others go to all.
                 changed = choice if i else {}
                 module.blocks = lambda *names, changed=changed: choose(*names) | changed
                 try:
