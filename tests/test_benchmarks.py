@@ -146,6 +146,8 @@ def test_bytes_and_flops_of_linear_attention_are_those_counted_by_hand():
 def test_the_flops_are_those_that_the_op_reports_to_torch():
     from torch.utils.flop_counter import FlopCounterMode
 
+    import linattn.flops  # noqa: F401
+
     contender = linear_attention.prepare("linattn-cpu", LAYER, CPU, None, 1.0)
     with FlopCounterMode(display=False) as counter, contender.scope():
         contender.call()

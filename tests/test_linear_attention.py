@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import linattn
+import linattn.flops
 from linattn import backend as backends
 from linattn import reference
 from linattn.ops import checks

@@ -327,7 +327,7 @@ def _launch_state_backward(kernel, outputs, grad_kv, grad_k_sum, k, v, feature_m
     kernel(*inputs, FEATURE_MAPS.index(feature_map), grad_k, grad_v, None if k_denom is None else grad_kd)
 
 
-# Multiply-adds counted as two; the elementwise work and the denominators are left out, as torch does for SDPA.
+# FLOPs: see linattn.flops.
 
 
 def _flops_forward(q_shape, k_shape, v_shape, *args, **kwargs) -> int:

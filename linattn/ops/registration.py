@@ -1,4 +1,4 @@
-"""From one description of an op: schema, run-time backend choice, fake, autograd, autocast, vmap, FLOP count.
+"""From one description of an op: schema, run-time backend choice, fake, autograd, autocast, vmap, FLOP formula.
 
 Three kinds of op live in the namespace `linattn`:
 
@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import backend
 
 NAMESPACE = "linattn"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _public: list[str] = []
+_flop_formulas: dict[str, Callable] = {}
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -32,6 +32,11 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 def public_ops() -> tuple[str, ...]:
     """Names of the documented ops, in the order of their definition."""
     return tuple(_public)
+
+
+def flop_formulas() -> dict[str, Callable]:
+    """Op name -> FLOPs of a call, for the ops that have a formula."""
+    return dict(_flop_formulas)
 
 
 def overload(name: str) -> torch._ops.OpOverload:
@@ -110,7 +115,7 @@ class Op:
     save        save(ctx, arguments, outputs) and
     backward    backward(ctx, *grads): as in torch.library.register_autograd. Without them differentiation raises.
     cast        arguments that autocast converts to its active type (as SDPA does: float64 stays).
-    flops       flops(*shapes and values, out_shape) for torch.utils.flop_counter.
+    flops       flops(*shapes and values, out_shape), which linattn.flops hands to torch.utils.flop_counter.
     """
 
     schema: str
@@ -164,7 +169,7 @@ def register(op: Op) -> torch._ops.OpOverload:
     torch.library.register_vmap(qualified, _batch_rule(overloaded), lib=_library)
     _register_autocast(name, overloaded, bound, op.cast)
     if op.flops is not None:
-        register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(op.flops)
+        _flop_formulas[name] = op.flops
     return overloaded
 
 
