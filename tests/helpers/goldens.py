@@ -51,7 +51,7 @@ def names(family: str, prefix: str) -> list[str]:
 
 
 def filler(seed: int, shape: tuple[int, ...], amp: float = 1.0) -> torch.Tensor:
-    """H(seed, shape, amp): uniform in [-amp, amp), float32, the same on every machine (splitmix64 of the flat index)."""
+    """H(seed, shape, amp): uniform in [-amp, amp), float32, the same on every machine (splitmix64 of the index)."""
     with np.errstate(over="ignore"):
         n = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
         z = n * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
