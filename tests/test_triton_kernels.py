@@ -247,6 +247,20 @@ def test_backward_is_as_accurate_as_the_plain_formula(case):
 
 
 @needs_kernels
+@pytest.mark.parametrize("case", ["sd-40-fp16", "sd-80-bf16", "24x48-denominators-bf16"])
+def test_kernels_for_gpus_without_wgmma_are_as_accurate(case, monkeypatch):
+    monkeypatch.setattr(kernels, "has_wgmma", lambda device: False)
+    inputs, exact, plain = problem(case)
+    feature, normalize = CASES[case][7:9]
+    kv, k_sum = run_state(inputs, feature)
+    assert_close("kv", kv, exact["kv"], plain["kv"])
+    assert_close("k_sum", k_sum, exact["k_sum"], plain["k_sum"])
+    assert_close("out", run_apply(inputs, kv, k_sum, feature, normalize), exact["out"], plain["out"])
+    for name, grad in run_backward(inputs, exact["kv"].float(), exact["k_sum"].float(), feature, normalize).items():
+        assert_close(name, grad, exact[name], plain[name])
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_state_is_the_float32_sum_of_the_rounded_features(dtype):
     """relu of a 16-bit number is that number, so nothing is rounded: only float32 sums separate us from float64."""

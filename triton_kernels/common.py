@@ -16,7 +16,19 @@ import triton.language as tl
 
 # Every run-time integer and float of our kernels: sizes, strides (in UNITs) and factors. None is specialised on.
 _TENSORS = ("q", "k", "v", "qd", "kd", "o", "g", "gq", "gk", "gv", "gqd", "gkd")
-RUNTIME_ARGUMENTS = ["heads", "tokens", "keys", "chunk", "splits", "size0", "size1", "scale", "inv_count", "eps"]
+RUNTIME_ARGUMENTS = [
+    "heads",
+    "tokens",
+    "keys",
+    "chunk",
+    "inner_size",
+    "splits",
+    "size0",
+    "size1",
+    "scale",
+    "inv_count",
+    "eps",
+]
 RUNTIME_ARGUMENTS += [f"{tensor}_s{axis}" for tensor in _TENSORS for axis in "bhn"]
 
 IDENTITY: tl.constexpr = tl.constexpr(0)
@@ -248,6 +260,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4
+
+
+@lru_cache(None)
+def has_wgmma(device: torch.device) -> bool:
+    """Whether tl.dot reads its right operand from shared memory (Hopper, datacentre Blackwell).
+
+    Elsewhere mma.sync takes it from registers, where a D x E operand that stays for the whole loop does not fit.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def on_device(tensor: torch.Tensor):

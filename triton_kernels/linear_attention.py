@@ -19,7 +19,8 @@ an H200 could multiply meanwhile. So each pass reads its rows exactly once, and 
 A head dim is cut into at most two blocks of powers of two (common.head_tile): 40 -> 64, 80 -> 64 + 16, 160 -> 128 + 32.
 Lanes past the head dim are masked and cost no traffic. The number of splits is a function of the token count, the
 number of heads, the head dims, the dtype and the device, never of the batch, so a sample alone and the same sample in a
-batch give the same bits. Float32 and head dims above 160 go through linear_attention_wide.py.
+batch give the same bits. Float32, head dims above 160 and what would spill here (`resident`) go through
+linear_attention_wide.py.
 
 Numbers: phi is evaluated in float32; the products take phi(k), v, phi(q) in the input dtype and accumulate in float32;
 k_sum and z are sums of the same rounded phi that enters the products, so the two ends of the fraction share their
@@ -38,6 +39,7 @@ from .common import (
     ELU1,
     RUNTIME_ARGUMENTS,
     fit_float16,
+    has_wgmma,
     head_tile,
     load_matrix,
     load_rows,
@@ -638,9 +640,17 @@ def state_backward_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def narrow(D: int, E: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels of this file take it (else linear_attention_wide.py)."""
-    return dtype != torch.float32 and D <= 160 and E <= 160
+def resident(kernel: str, D: int, E: int, dtype: torch.dtype, wgmma: bool) -> bool:
+    """Whether a kernel of this file takes these head dims without spilling; else linear_attention_wide.py does."""
+    if dtype == torch.float32:
+        return False
+    if wgmma:
+        limit = {"apply_backward_both": 64, "apply_backward_rows": 128, "state_backward": 128}.get(kernel, 160)
+    else:
+        limit = {"state": 128, "forward_short": 128, "apply": 64}.get(kernel, 0)
+        if head_tile(D)[1] + head_tile(E)[1] > 0:
+            limit = 0
+    return max(D, E) <= limit
 
 
 @lru_cache(None)
@@ -651,6 +661,8 @@ def blocks(kernel: str, D: int, E: int) -> dict:
     E0, E1 = (max(16, triton.next_power_of_2(E)), 0) if padded else head_tile(E)
     # apply holds no state in registers; elsewhere a tile above 64 x 64 takes eight warps.
     warps = 4 if kernel == "apply" or D0 * E0 <= 64 * 64 else 8
+    if kernel == "forward_short" and D1 + E1 > 0:
+        warps = 8
     stages = 2 if D1 + E1 > 0 and kernel not in ("apply", "state_backward") else 3
     return {"D0": D0, "D1": D1, "E0": E0, "E1": E1, "BLOCK_N": 64, "num_warps": warps, "num_stages": stages}
 
@@ -688,7 +700,8 @@ def forward(q, k, v, q_denom, k_denom, feature_map, normalize, scale, eps, out, 
     M, E = v.shape[-2:]
     if B * H == 0 or (N == 0 and kv is None):
         return
-    if N == 0 or not narrow(D, E, q.dtype) or M * (D + E) * q.element_size() > SHORT_BYTES:
+    short = M * (D + E) * q.element_size() <= SHORT_BYTES
+    if N == 0 or not short or not resident("forward_short", D, E, q.dtype, has_wgmma(q.device)):
         if kv is None:
             kv = torch.empty(B, H, D, E, dtype=torch.float32, device=q.device)
             k_sum = torch.empty(B, H, D, dtype=torch.float32, device=q.device)
@@ -720,7 +733,7 @@ def state(k, v, k_denom, feature_map, kv, k_sum):
     E = v.shape[-1]
     if B * H == 0:
         return
-    if not narrow(D, E, k.dtype):
+    if not resident("state", D, E, k.dtype, has_wgmma(k.device)):
         wide.state(k, v, k_denom, feature_map, kv, k_sum)
         return
     kd = k if k_denom is None else k_denom
@@ -750,7 +763,7 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     E = out.shape[-1]
     if B * H * N == 0:
         return
-    if not narrow(D, E, q.dtype):
+    if not resident("apply", D, E, q.dtype, has_wgmma(q.device)):
         wide.apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, out)
         return
     qd = q if q_denom is None else q_denom
@@ -786,7 +799,8 @@ def apply_backward(
     if grad_q_denom is not None and not normalize:
         grad_q_denom.zero_()
         q_denom = grad_q_denom = None
-    if not narrow(D, E, q.dtype):
+    wgmma = has_wgmma(q.device)
+    if not resident("apply_backward_state", D, E, q.dtype, wgmma):
         wide.apply_backward(
             grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
             grad_q, grad_q_denom, grad_kv, grad_k_sum,
@@ -796,8 +810,8 @@ def apply_backward(
     unit = stride_unit(grad_out, q, qd, grad_q, gqd)
     splits, chunk = split_tokens(N, H, E, 1, multiprocessors(q.device))
     part, kv_part, sum_part = _partials(splits, grad_kv, grad_k_sum)
-    halves = ("both",) if max(D, E) <= 64 else ("rows", "state")
-    if max(D, E) > 128:
+    halves = ("both",) if resident("apply_backward_both", D, E, q.dtype, wgmma) else ("rows", "state")
+    if not resident("apply_backward_rows", D, E, q.dtype, wgmma):
         halves = ("state",)
         wide.grad_q(
             grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, grad_q, grad_q_denom,
@@ -825,7 +839,7 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     E = v.shape[-1]
     if B * H == 0:
         return
-    if not narrow(D, E, k.dtype) or max(D, E) > 128:
+    if not resident("state_backward", D, E, k.dtype, has_wgmma(k.device)):
         wide.state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom)
         return
     kd, gkd = (k, grad_k) if k_denom is None else (k_denom, grad_k_denom)

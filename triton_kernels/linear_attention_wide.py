@@ -1,8 +1,9 @@
-"""Linear attention for what linear_attention.py leaves out: float32, and head dims from 161 to 256.
+"""Linear attention for what linear_attention.py leaves out: float32, head dims from 161 to 256, and what would spill.
 
 Float32 multiplies exactly (input_precision="ieee", which means FMA units and no tensor core): exactness before speed.
 With FMAs the products, not the bytes, set the time from D = 64 on, and a D x E operand of float32 does not fit into
-registers or shared memory beside its accumulators. So these kernels are plain tiled products:
+registers or shared memory beside its accumulators; nor does a 16-bit one where mma.sync takes operands from registers
+(sm_80, sm_89, sm_120). So these kernels are plain tiled products, with 12 to 65 KB of shared memory:
 
   wide_state      one program per (head, split of the tokens, tile of the state), keys or values being read again from
                   the L2 cache by the other tiles of the same rows; with WEIGHTED it sums (phi(q) / z)^T dO instead
@@ -48,16 +49,19 @@ def _fit(W, SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _times_matrix(
-    A, a_sn, token, live, W, w_row, w_column, fit,
+    A, a_sn, token, live, W, w_row, w_column, fit, inner_size,
     INNER: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
     FEATURE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """phi(A) W for one block of rows: columns 0 .. C0 and C0 .. C0 + C1. W [INNER, C] by its two strides."""
+    """phi(A) W for one block of rows: columns 0 .. C0 and C0 .. C0 + C1. W [INNER, C] by its two strides.
+
+    inner_size is INNER again, at run time: a loop over a constant is unrolled until registers run out.
+    """
     dtype: tl.constexpr = A.dtype.element_ty
     c0 = tl.arange(0, C0)
     acc0 = tl.zeros([BLOCK_N, C0], tl.float32)
     acc1 = tl.zeros([BLOCK_N, C1 if C1 > 0 else 16], tl.float32)
-    for first in range(0, INNER, BLOCK_K):
+    for first in range(0, inner_size, BLOCK_K):
         inner = first + tl.arange(0, BLOCK_K)
         a = load_rows(A, token, live, a_sn, UNIT, first, INNER, BLOCK_K).to(tl.float32)
         a = phi(a, FEATURE, dtype == tl.float32).to(dtype)
@@ -142,7 +146,7 @@ def wide_state_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def wide_apply_kernel(
-    Q, QD, KV, KSUM, OUT, heads, tokens, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, o_sb, o_sh, o_sn,
+    Q, QD, KV, KSUM, OUT, heads, tokens, inner_size, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, o_sb, o_sh, o_sn,
     scale, inv_count, eps,
     D: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, FEATURE: tl.constexpr,
     NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -160,7 +164,9 @@ def wide_apply_kernel(
     OUT += b * o_sb * UNIT + h * o_sh * UNIT + n * o_sn * UNIT
     KV += at * (D * E)
     fit = _fit(KV, D * E, Q.dtype.element_ty)
-    out0, out1 = _times_matrix(Q, q_sn, token, live, KV, E, 1, fit, D, E, E0, E1, FEATURE, UNIT, BLOCK_N, BLOCK_K)
+    out0, out1 = _times_matrix(
+        Q, q_sn, token, live, KV, E, 1, fit, inner_size, D, E, E0, E1, FEATURE, UNIT, BLOCK_N, BLOCK_K
+    )
     factor = scale / fit + tl.zeros([BLOCK_N], tl.float32)
     if NORMALIZE:
         QD += b * qd_sb * UNIT + h * qd_sh * UNIT + n * qd_sn * UNIT
@@ -212,7 +218,7 @@ def _row_dot(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def wide_grad_q_kernel(
-    G, Q, QD, KV, KSUM, GQ, GQD, GKSUM, heads, tokens, chunk,
+    G, Q, QD, KV, KSUM, GQ, GQD, GKSUM, heads, tokens, chunk, inner_size,
     g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, gq_sb, gq_sh, gq_sn, gqd_sb, gqd_sh, gqd_sn,
     scale, inv_count, eps,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FEATURE: tl.constexpr,
@@ -240,14 +246,17 @@ def wide_grad_q_kernel(
         QD_at = QD + (b * qd_sb + h * qd_sh + n * qd_sn) * UNIT
         GQ_at = GQ + (b * gq_sb + h * gq_sh + n * gq_sn) * UNIT
         GQD_at = GQD + (b * gqd_sb + h * gqd_sh + n * gqd_sn) * UNIT
-        dp0, dp1 = _times_matrix(G_at, g_sn, token, live, KV, 1, E, fit, E, D, D0, D1, IDENTITY, UNIT, BLOCK_N, BLOCK_K)
-        dp0 *= scale / fit
-        dp1 *= scale / fit
         inv_z = tl.zeros([BLOCK_N], tl.float32)
-        dz = inv_z
         if NORMALIZE:
             z = _denominator(QD_at, qd_sn, token, live, KSUM, inv_count, eps, D, FEATURE, UNIT, BLOCK_N)
             inv_z = tl.where(live, 1.0 / z, 0.0)  # z of a dead row may be 0
+        dp0, dp1 = _times_matrix(
+            G_at, g_sn, token, live, KV, 1, E, fit, inner_size, E, D, D0, D1, IDENTITY, UNIT, BLOCK_N, BLOCK_K
+        )
+        dp0 *= scale / fit
+        dp1 *= scale / fit
+        dz = tl.zeros([BLOCK_N], tl.float32)
+        if NORMALIZE:
             dz = _row_dot(dp0, Q_at, token, live, q_sn, 0, D, D0, FEATURE, UNIT)
             if D1 > 0:
                 dz += _row_dot(dp1, Q_at, token, live, q_sn, D0, D, D1, FEATURE, UNIT)
@@ -289,7 +298,7 @@ def _grad_k_columns(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def wide_grad_k_kernel(
-    GKV, GKSUM, K, V, KD, GK, GKD, heads, tokens,
+    GKV, GKSUM, K, V, KD, GK, GKD, heads, tokens, inner_size,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, kd_sb, kd_sh, kd_sn, gk_sb, gk_sh, gk_sn, gkd_sb, gkd_sh, gkd_sn,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FEATURE: tl.constexpr,
     HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -310,7 +319,9 @@ def wide_grad_k_kernel(
     GKD += (b * gkd_sb + h * gkd_sh + n * gkd_sn) * UNIT
     GKV += at * (D * E)
     fit = _fit(GKV, D * E, K.dtype.element_ty)
-    dp0, dp1 = _times_matrix(V, v_sn, token, live, GKV, 1, E, fit, E, D, D0, D1, IDENTITY, UNIT, BLOCK_N, BLOCK_K)
+    dp0, dp1 = _times_matrix(
+        V, v_sn, token, live, GKV, 1, E, fit, inner_size, E, D, D0, D1, IDENTITY, UNIT, BLOCK_N, BLOCK_K
+    )
     gsum0 = load_vector(GKSUM + at * D, tl.arange(0, D0), D)
     _grad_k_columns(
         dp0 / fit, gsum0, K, KD, GK, GKD, token, live, k_sn, kd_sn, gk_sn, gkd_sn, 0, D, D0, FEATURE, HAS_DENOM, UNIT
@@ -342,7 +353,7 @@ def state_blocks(D: int, E: int, dtype: torch.dtype) -> dict:
     return {
         "TILE_D": _tile(D, dtype),
         "TILE_E": _tile(E, dtype),
-        "BLOCK_N": 16 if exact else 64,
+        "BLOCK_N": 32 if exact else 64,
         "num_warps": 4 if exact else 8,
         "num_stages": 2,
     }
@@ -387,7 +398,7 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     blocks = row_blocks(q.dtype)
     E0, E1 = head_tile(E)
     wide_apply_kernel[(B * H, triton.cdiv(N, blocks["BLOCK_N"]))](
-        q, qd, kv, k_sum, out, H, N, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
+        q, qd, kv, k_sum, out, H, N, D, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
         scale, inv_count, eps,
         D=D, E=E, E0=E0, E1=E1, FEATURE=feature_map, NORMALIZE=normalize, UNIT=unit, **blocks,
     )  # fmt: skip
@@ -404,9 +415,9 @@ def grad_q(
     unit = stride_unit(grad_out, q, qd, grad_q, gqd)
     D0, D1 = head_tile(D)
     if q.dtype != torch.float32:
-        D0, D1 = max(16, triton.next_power_of_2(D)), 0  # two column blocks spill on the tensor core path
+        D0, D1 = (128, 128) if D > 128 else (max(16, triton.next_power_of_2(D)), 0)  # others spill
     wide_grad_q_kernel[(B * H, splits)](
-        grad_out, q, qd, kv, k_sum, grad_q, gqd, sum_partials, H, N, chunk, *_strides(grad_out, unit),
+        grad_out, q, qd, kv, k_sum, grad_q, gqd, sum_partials, H, N, chunk, E, *_strides(grad_out, unit),
         *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit), *_strides(gqd, unit), scale, inv_count, eps,
         D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit,
         **row_blocks(q.dtype, holds_rows=True),
@@ -443,7 +454,7 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     blocks = row_blocks(k.dtype)
     D0, D1 = head_tile(D)
     wide_grad_k_kernel[(B * H, triton.cdiv(M, blocks["BLOCK_N"]))](
-        grad_kv, grad_k_sum, k, v, kd, grad_k, gkd, H, M, *_strides(k, unit), *_strides(v, unit), *_strides(kd, unit),
-        *_strides(grad_k, unit), *_strides(gkd, unit),
+        grad_kv, grad_k_sum, k, v, kd, grad_k, gkd, H, M, E, *_strides(k, unit), *_strides(v, unit),
+        *_strides(kd, unit), *_strides(grad_k, unit), *_strides(gkd, unit),
         D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **blocks,
     )  # fmt: skip
