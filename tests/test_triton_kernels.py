@@ -453,6 +453,9 @@ def test_splits_do_not_depend_on_the_batch_and_keep_the_workspace_small():
                     # floats of workspace over 16-bit elements of q, k, v, out
                     assert splits * width * (width + 1) * 4 < 0.05 * 8 * width * tokens
     assert 2 * common.split_tokens(131072, 2, 64, 1, 132)[0] >= 132, "two heads must fill the device"
+    for tokens in (2**21, 2**27):  # both are grid axes that end at 65,535
+        assert common.split_tokens(tokens, 1, 8, 1, 132)[0] < 65536
+        assert common.run_tokens(tokens, 1, 64, 132)[0] < 65536
 
 
 @needs_kernels

@@ -17,6 +17,7 @@ import triton.language as tl
 # Every run-time integer and float of our kernels: sizes, strides (in UNITs) and factors. None is specialised on.
 _TENSORS = ("q", "k", "v", "qd", "kd", "o", "g", "gq", "gk", "gv", "gqd", "gkd")
 RUNTIME_ARGUMENTS = [
+    "rows",
     "heads",
     "tokens",
     "keys",

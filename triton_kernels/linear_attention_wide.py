@@ -146,17 +146,17 @@ def wide_state_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def wide_apply_kernel(
-    Q, QD, KV, KSUM, OUT, heads, tokens, inner_size, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, o_sb, o_sh, o_sn,
+    Q, QD, KV, KSUM, OUT, rows, heads, tokens, inner_size, q_sb, q_sh, q_sn, qd_sb, qd_sh, qd_sn, o_sb, o_sh, o_sn,
     scale, inv_count, eps,
     D: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, FEATURE: tl.constexpr,
     NORMALIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out for one block of rows; QD is q itself where there is no q_denom."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) % rows  # axis 0 alone: the others end at 65,535
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
     at = row.to(tl.int64)
-    start = tl.program_id(1) * BLOCK_N
+    start = tl.program_id(0) // rows * BLOCK_N
     token = tl.arange(0, BLOCK_N)
     live = start + token < tokens
     n = tl.cast(start, tl.int64)
@@ -298,17 +298,17 @@ def _grad_k_columns(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def wide_grad_k_kernel(
-    GKV, GKSUM, K, V, KD, GK, GKD, heads, tokens, inner_size,
+    GKV, GKSUM, K, V, KD, GK, GKD, rows, heads, tokens, inner_size,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, kd_sb, kd_sh, kd_sn, gk_sb, gk_sh, gk_sn, gkd_sb, gkd_sh, gkd_sn,
     D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, FEATURE: tl.constexpr,
     HAS_DENOM: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_k (and grad_k_denom) for one block of rows."""
-    row = tl.program_id(0)
+    row = tl.program_id(0) % rows  # axis 0 alone: the others end at 65,535
     b = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
     at = row.to(tl.int64)
-    start = tl.program_id(1) * BLOCK_N
+    start = tl.program_id(0) // rows * BLOCK_N
     token = tl.arange(0, BLOCK_N)
     live = start + token < tokens
     n = tl.cast(start, tl.int64)
@@ -397,8 +397,8 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     unit = stride_unit(q, qd, out)
     blocks = row_blocks(q.dtype)
     E0, E1 = head_tile(E)
-    wide_apply_kernel[(B * H, triton.cdiv(N, blocks["BLOCK_N"]))](
-        q, qd, kv, k_sum, out, H, N, D, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
+    wide_apply_kernel[(B * H * triton.cdiv(N, blocks["BLOCK_N"]),)](
+        q, qd, kv, k_sum, out, B * H, H, N, D, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
         scale, inv_count, eps,
         D=D, E=E, E0=E0, E1=E1, FEATURE=feature_map, NORMALIZE=normalize, UNIT=unit, **blocks,
     )  # fmt: skip
@@ -453,8 +453,8 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     unit = stride_unit(k, v, kd, grad_k, gkd)
     blocks = row_blocks(k.dtype)
     D0, D1 = head_tile(D)
-    wide_grad_k_kernel[(B * H, triton.cdiv(M, blocks["BLOCK_N"]))](
-        grad_kv, grad_k_sum, k, v, kd, grad_k, gkd, H, M, E, *_strides(k, unit), *_strides(v, unit),
+    wide_grad_k_kernel[(B * H * triton.cdiv(M, blocks["BLOCK_N"]),)](
+        grad_kv, grad_k_sum, k, v, kd, grad_k, gkd, B * H, H, M, E, *_strides(k, unit), *_strides(v, unit),
         *_strides(kd, unit), *_strides(grad_k, unit), *_strides(gkd, unit),
         D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **blocks,
     )  # fmt: skip
