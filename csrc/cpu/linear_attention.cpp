@@ -61,82 +61,109 @@ LINATTN_INLINE void with_map(int map, const F& f) {
 // Row format, the A side: [row][unit along the head dim]. Tall format, the B side and A^T: [unit along rows][column].
 // With one value per unit the two are the same.
 
-// f[n][ld] = phi(x), zero-padded input (so phi(0) in the padding lanes up to the next W).
+// phi of x[n][D] by blocks of four rows and one register: use(row, column, f, rows) gets four registers f, of which
+// `rows` are rows of x; the others are zero. Four, so that the exponentials overlap (simd.h).
+template <class T, int MAP, class Use>
+LINATTN_INLINE void map_rows(const T* x, int64_t stride, int n, int D, const Use& use) {
+  auto block = [&](int i, int j, int width, int rows) LINATTN_INLINE_LAMBDA {
+    const T* p = x + i * stride + j;
+    V f[4];
+    LINATTN_EACH(r, 4) f[r] = load_n(p + (r < rows ? r : 0) * stride, width);
+    phi<MAP, exp_degree<T>>(f);
+    LINATTN_EACH(r, 4) if (r >= rows) f[r] = zero();
+    use(i, j, f, rows);
+  };
+  for (int i = 0; i < n; i += 4) {
+    int rows = lesser(4, n - i), j = 0;
+    if (rows == 4)
+      for (; j + V::W <= D; j += V::W) block(i, j, V::W, 4);
+    for (; j < D; j += V::W) block(i, j, lesser(V::W, D - j), rows);
+  }
+}
+
+LINATTN_INLINE void add_to(float* p, const V (&f)[4]) { store(p, load(p) + ((f[0] + f[1]) + (f[2] + f[3]))); }
+
+// f[n][ld] = phi(x).
 template <class T, int MAP>
 void features(const T* x, int64_t stride, int n, int D, float* f, int ld) {
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < D; j += V::W)
-      store(f + i * ld + j, phi<MAP, exp_degree<T>>(load_n(x + i * stride + j, lesser(V::W, D - j))));
+  map_rows<T, MAP>(x, stride, n, D, [&](int i, int j, const V(&y)[4], int rows) LINATTN_INLINE_LAMBDA {
+    LINATTN_EACH(r, 4) if (r < rows) store(f + (i + r) * ld + j, y[r]);
+  });
 }
 
 // Row format of phi(x). With m: z_i = phi(x_i) . m, with sum: sum += phi(x_i); both from the rounded phi.
+// z is written up to the next multiple of 4 rows.
 template <class M, class T, int MAP>
 void pack_rows(const T* x, int64_t stride, int n, int D, uint32_t* A, int lda, const float* m, float* z, float* sum) {
-  for (int i = 0; i < n; ++i) {
-    V dot = zero();
-    for (int j = 0; j < D; j += V::W) {
-      V f = phi<MAP, exp_degree<T>>(load_n(x + i * stride + j, lesser(V::W, D - j)));
+  V dots[4];
+  map_rows<T, MAP>(x, stride, n, D, [&](int i, int j, V(&f)[4], int rows) LINATTN_INLINE_LAMBDA {
+    LINATTN_EACH(r, 4) if (r < rows) {
+      uint32_t* a = A + (i + r) * lda;
       if constexpr (M::U == 1) {
-        store(A + i * lda + j, f);
+        store(a + j, f[r]);
       } else {
-        bf16* a = reinterpret_cast<bf16*>(A + i * lda) + j;
-        store_n(a, f, V::W);
-        f = load_n(a, V::W);
+        f[r] = store_rounded(reinterpret_cast<bf16*>(a) + j, f[r]);
+        if (D % 2 && j + V::W >= D) reinterpret_cast<bf16*>(a)[D].bits = 0;  // phi(0) is not 0
       }
-      if (m) dot = fma(f, load(m + j), dot);
-      if (sum) store(sum + j, load(sum + j) + f);
     }
-    if (M::U == 2 && D % 2) reinterpret_cast<bf16*>(A + i * lda)[D].bits = 0;  // phi(0) is not 0
-    if (m) z[i] = hsum(dot);
-  }
+    if (m) {
+      V mean = load(m + j);
+      if (j == 0)
+        LINATTN_EACH(r, 4) dots[r] = f[r] * mean;
+      else
+        LINATTN_EACH(r, 4) dots[r] = fma(f[r], mean, dots[r]);
+      if (j + V::W >= D) hsum4(dots, z + i);
+    }
+    if (sum) add_to(sum + j, f);
+  });
 }
 
 // Tall format of phi(x), and sum += phi(x_i) from the rounded phi.
 template <class M, class T, int MAP, bool SUM>
 void pack_tall(const T* x, int64_t stride, int n, int D, uint32_t* A, int lda, float* sum) {
-  constexpr int W = V::W, degree = exp_degree<T>;
-  for (int i = 0; i < n; i += M::U, A += lda, x += M::U * stride)
-    for (int j = 0; j < D; j += W) {
-      int w = lesser(W, D - j);
-      if constexpr (M::U == 1) {
-        V f = phi<MAP, degree>(load_n(x + j, w));
-        store(A + j, f);
-        if (SUM) store(sum + j, load(sum + j) + f);
-      }
+  if constexpr (M::U == 1 && MAP == kIdentity && !SUM) {
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < D; j += V::W) store(A + i * lda + j, load_n(x + i * stride + j, lesser(V::W, D - j)));
+  } else if constexpr (M::U == 1) {
+    map_rows<T, MAP>(x, stride, n, D, [&](int i, int j, const V(&f)[4], int rows) LINATTN_INLINE_LAMBDA {
+      LINATTN_EACH(r, 4) if (r < rows) store(A + (i + r) * lda + j, f[r]);
+      if (SUM) add_to(sum + j, f);
+    });
+  }
 #ifdef __AVX512BF16__
-      if constexpr (M::U == 2) {
-        bool odd = i + 1 == n;
-        if constexpr (MAP == kIdentity && !SUM) {
-          store(A + j, pair_rows(x + j, odd ? nullptr : x + stride + j, w));
-        } else {
-          V f = phi<MAP, degree>(load_n(x + j, w));
-          V g = odd ? zero() : phi<MAP, degree>(load_n(x + stride + j, w));
-          V p = pair(f, g);
-          store(A + j, p);
-          if (SUM) store(sum + j, load(sum + j) + (low_half(p) + high_half(p)));
-        }
+  if constexpr (M::U == 2 && MAP == kIdentity && !SUM) {  // bits, no arithmetic
+    for (int i = 0; i < n; i += 2, A += lda, x += 2 * stride)
+      for (int j = 0; j < D; j += V::W)
+        store(A + j, pair_rows(x + j, i + 1 < n ? x + stride + j : nullptr, lesser(V::W, D - j)));
+  } else if constexpr (M::U == 2) {
+    map_rows<T, MAP>(x, stride, n, D, [&](int i, int j, const V(&f)[4], int rows) LINATTN_INLINE_LAMBDA {
+      V first = pair(f[0], f[1]), second = pair(f[2], f[3]);
+      store(A + i / 2 * lda + j, first);
+      if (rows > 2) store(A + (i / 2 + 1) * lda + j, second);
+      if (SUM) {
+        V rounded[4] = {low_half(first), high_half(first), low_half(second), high_half(second)};
+        add_to(sum + j, rounded);
       }
+    });
+  }
 #endif
-    }
 }
 
 // sum += phi(x_i), no rounding.
 template <class T, int MAP>
 void add_rows(const T* x, int64_t stride, int n, int D, float* sum) {
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < D; j += V::W)
-      store(sum + j, load(sum + j) + phi<MAP, exp_degree<T>>(load_n(x + i * stride + j, lesser(V::W, D - j))));
+  map_rows<T, MAP>(x, stride, n, D, [&](int, int j, const V(&f)[4], int) LINATTN_INLINE_LAMBDA { add_to(sum + j, f); });
 }
 
-// z_i = phi(x_i) . m, no rounding.
+// z_i = phi(x_i) . m, no rounding; z is written up to the next multiple of 4 rows.
 template <class T, int MAP>
 void dot_rows(const T* x, int64_t stride, int n, int D, const float* m, float* z) {
-  for (int i = 0; i < n; ++i) {
-    V dot = zero();
-    for (int j = 0; j < D; j += V::W)
-      dot = fma(phi<MAP, exp_degree<T>>(load_n(x + i * stride + j, lesser(V::W, D - j))), load(m + j), dot);
-    z[i] = hsum(dot);
-  }
+  V dots[4];
+  map_rows<T, MAP>(x, stride, n, D, [&](int i, int j, const V(&f)[4], int) LINATTN_INLINE_LAMBDA {
+    V mean = load(m + j);
+    LINATTN_EACH(r, 4) dots[r] = j == 0 ? f[r] * mean : fma(f[r], mean, dots[r]);
+    if (j + V::W >= D) hsum4(dots, z + i);
+  });
 }
 
 // Row format of factor * f, f[rows][ld] floats of which `columns` are valid (the rest of a register counts as zero).
@@ -279,31 +306,29 @@ struct Op {
   void for_each_head(const F& f) const {
     for_each_task(parallel, heads, [&](int slot, int64_t t) { f(slot, t / a.H, t % a.H); });
   }
-  // f(slot, b, first head, end head, part)
+  // f(slot, b, first head, end head, first part, end part). A task takes several parts that follow each other, because
+  // the first chunk of a task comes without prefetch; 8 tasks per thread still balance.
   template <class F>
   void for_each_part(int64_t group, int64_t parts, const F& f) const {
     int64_t groups = divide_up(a.H, group);
-    for_each_task(parallel, a.B * groups * parts, [&](int slot, int64_t t) {
-      int64_t g = t / parts % groups;
-      f(slot, t / parts / groups, g * group, lesser(a.H, (g + 1) * group), t % parts);
+    int64_t span = greater<int64_t>(1, lesser(parts, a.B * groups * parts / (8 * parallel.threads)));
+    int64_t spans = divide_up(parts, span);
+    for_each_task(parallel, a.B * groups * spans, [&](int slot, int64_t t) {
+      int64_t g = t / spans % groups, first = t % spans * span;
+      f(slot, t / spans / groups, g * group, lesser(a.H, (g + 1) * group), first, lesser(parts, first + span));
     });
   }
   int slots_for(int64_t tasks) const {
     return static_cast<int>(greater<int64_t>(1, lesser<int64_t>(parallel.threads, tasks)));
   }
 
-  // Aim at this head's share of the chunk [n, end) of the group [h0, h1).
-  static void aim(Prefetch& pf, const View& x, int64_t b, int64_t h, int64_t h0, int64_t h1, int64_t n, int64_t end,
-                  int width) {
+  // Aim at the chunk that starts at token n, all heads [h0, h1) of it; nothing from `end` on.
+  static void aim(Prefetch& pf, const View& x, int64_t b, int64_t h0, int64_t h1, int64_t n, int64_t end, int width) {
     pf = Prefetch{};
     if (n >= end) return;
-    int64_t rows = lesser<int64_t>(kChunk, end - n), g = h1 - h0, size = sizeof(T);
-    if (x.stride_h == width && x.stride_n == g * width) {  // one stretch: an equal part for every head
-      int64_t share = round_up<int64_t>(divide_up(rows * g * width * size, g), 64);
-      pf.aim(reinterpret_cast<const char*>(at(x, b, h0, n)) + (h - h0) * share, 1, share, share);
-    } else {
-      pf.aim(at(x, b, h, n), rows, width * size, x.stride_n * size);
-    }
+    int64_t rows = lesser<int64_t>(kChunk, end - n), size = sizeof(T);
+    bool adjacent = h1 - h0 == 1 || x.stride_h == width;
+    if (adjacent) pf.aim(at(x, b, h0, n), rows, (h1 - h0) * width * size, x.stride_n * size);
   }
 
   // ---- state
@@ -318,13 +343,17 @@ struct Op {
     return {k, k + kChunk * Dp, reinterpret_cast<float*>(k + kChunk * (Dp + Ep))};
   }
 
-  // Partial states of the keys [m0, m1) for the heads [h0, h1); state(h) is where each goes.
+  // Partial states of the keys [m0, m1) for the heads [h0, h1); state(h) is where each goes. The caller goes on to
+  // `next`.
   template <class State>
-  void add_keys(int64_t b, int64_t h0, int64_t h1, int64_t m0, int64_t m1, const StateScratch& s,
+  void add_keys(int64_t b, int64_t h0, int64_t h1, int64_t m0, int64_t m1, int64_t next, const StateScratch& s,
                 const State& state) const {
     for (int64_t h = h0; h < h1; ++h) memset(state(h), 0, sizeof(float) * static_cast<size_t>(state_size));
     for (int64_t m = m0; m < m1; m += kChunk) {
       int n = static_cast<int>(lesser<int64_t>(kChunk, m1 - m));
+      Prefetch pf[2];
+      aim(pf[0], a.k, b, h0, h1, m + kChunk, next, D);
+      aim(pf[1], a.v, b, h0, h1, m + kChunk, next, E);
       for (int64_t h = h0; h < h1; ++h) {
         float *kv = state(h), *k_sum = kv + static_cast<int64_t>(Dp) * Ep;
         memset(s.sum, 0, sizeof(float) * static_cast<size_t>(Dp));
@@ -339,9 +368,6 @@ struct Op {
         });
         pack_tall<M, T, kIdentity, false>(at(a.v, b, h, m), a.v.stride_n, n, E, s.v, Ep, nullptr);
         for (int j = 0; j < Dp; j += W) store(k_sum + j, load(k_sum + j) + load(s.sum + j));
-        Prefetch pf[2];
-        aim(pf[0], a.k, b, h, h0, h1, m + kChunk, m1, D);
-        aim(pf[1], a.v, b, h, h0, h1, m + kChunk, m1, E);
         gemm<M, true>(D, Ev, divide_up(n, U), s.k, Dp, s.v, Ep, AddTo{kv, Ep}, pf);
       }
     }
@@ -428,11 +454,12 @@ struct Op {
                      const PackedOf& packed_of) const {
     for (int64_t i = n0; i < n1; i += kChunk) {
       int n = static_cast<int>(lesser<int64_t>(kChunk, n1 - i));
+      Prefetch pf[2];
+      aim(pf[0], a.q, b, h0, h1, i + kChunk, n1, D);
+      if (!streamed) aim(pf[1], a.out, b, h0, h1, i + kChunk, n1, E);  // or every store waits for its line
       for (int64_t h = h0; h < h1; ++h) {
         Packed packed = packed_of(h);
         pack_queries(b, h, i, n, packed.m, 1.0f, s);
-        Prefetch pf[2];
-        aim(pf[0], a.q, b, h, h0, h1, i + kChunk, n1, D);
         gemm<M, false>(n, Ev, Du, s.q, Dp / U, packed.kv, Ep,
                        WriteRows<T>{at(a.out, b, h, i), a.out.stride_n, s.z, n, E, streamed}, pf);
       }
@@ -511,8 +538,8 @@ struct Op {
       for_each_head([&](int slot, int64_t b, int64_t h) {
         pack_keys(b, h, work_of(slot), keys_at(scratch.at<char>(keys), b * a.H + h));
       });
-      for_each_part(1, runs, [&](int slot, int64_t b, int64_t h, int64_t, int64_t run) {
-        apply_few_keys(b, h, run * kRun, lesser(a.N, (run + 1) * kRun), work_of(slot),
+      for_each_part(1, runs, [&](int slot, int64_t b, int64_t h, int64_t, int64_t first, int64_t last) {
+        apply_few_keys(b, h, first * kRun, lesser(a.N, last * kRun), work_of(slot),
                        keys_at(scratch.at<char>(keys), b * a.H + h));
       });
     }
@@ -550,9 +577,10 @@ struct Op {
     auto packed_of = [&](int slot, int64_t b, int64_t h) {
       return packed_at(scratch.at<char>(packs), fused ? slot : b * a.H + h);
     };
-    auto keys = [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t segment) {
-      add_keys(b, h0, h1, segment * length, lesser(a.M, (segment + 1) * length), state_scratch(work_of(slot)),
-               [&](int64_t h) { return state_of(slot, b, h) + segment * state_size; });
+    auto keys = [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t first, int64_t last) {
+      for (int64_t segment = first; segment < last; ++segment)
+        add_keys(b, h0, h1, segment * length, lesser(a.M, (segment + 1) * length), lesser(a.M, last * length),
+                 state_scratch(work_of(slot)), [&](int64_t h) { return state_of(slot, b, h) + segment * state_size; });
     };
     auto finish = [&](int slot, int64_t b, int64_t h) {
       float* state = state_of(slot, b, h);
@@ -566,15 +594,15 @@ struct Op {
     };
     if (fused) {
       for_each_head([&](int slot, int64_t b, int64_t h) {
-        keys(slot, b, h, h + 1, 0);
+        keys(slot, b, h, h + 1, 0, 1);
         finish(slot, b, h);
         queries(slot, b, h, h + 1, 0, N);
       });
     } else {
       for_each_part(kv_group, segments, keys);
       for_each_head(finish);
-      for_each_part(q_group, runs, [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t run) {
-        queries(slot, b, h0, h1, run * kRun, lesser(N, (run + 1) * kRun));
+      for_each_part(q_group, runs, [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t first, int64_t last) {
+        queries(slot, b, h0, h1, first * kRun, lesser(N, last * kRun));
       });
     }
     scratch.drop();
@@ -611,8 +639,8 @@ struct Op {
       });
     } else {
       for_each_head(pack);
-      for_each_part(group, runs, [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t run) {
-        queries(slot, b, h0, h1, run * kRun, lesser(a.N, (run + 1) * kRun));
+      for_each_part(group, runs, [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t first, int64_t last) {
+        queries(slot, b, h0, h1, first * kRun, lesser(a.N, last * kRun));
       });
     }
     scratch.drop();
@@ -734,18 +762,21 @@ struct Op {
       floats_to_tall_transposed<M>(a.kv + head * D * E, E, D, E, a.scale, work_of(slot).wide, Ep / U, packed.kv, Dp);
       pack_mean(a.k_sum + head * D, packed.m);
     };
-    auto queries = [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t segment) {
-      auto state = [&](int64_t h) { return state_of(slot, b, h) + segment * state_size; };
-      for (int64_t h = h0; h < h1; ++h) memset(state(h), 0, sizeof(float) * static_cast<size_t>(state_size));
-      int64_t end = lesser(a.N, (segment + 1) * length);
-      for (int64_t i = segment * length; i < end; i += kChunk)
-        for (int64_t h = h0; h < h1; ++h) {
+    auto queries = [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t first, int64_t last) {
+      int64_t next = lesser(a.N, last * length);
+      for (int64_t segment = first; segment < last; ++segment) {
+        auto state = [&](int64_t h) { return state_of(slot, b, h) + segment * state_size; };
+        for (int64_t h = h0; h < h1; ++h) memset(state(h), 0, sizeof(float) * static_cast<size_t>(state_size));
+        int64_t end = lesser(a.N, (segment + 1) * length);
+        for (int64_t i = segment * length; i < end; i += kChunk) {
           Prefetch pf[2];
-          aim(pf[0], a.q, b, h, h0, h1, i + kChunk, end, D);
-          aim(pf[1], a.grad_out, b, h, h0, h1, i + kChunk, end, E);
-          apply_backward_chunk(b, h, i, static_cast<int>(lesser<int64_t>(kChunk, end - i)), work_of(slot),
-                               packed_of(slot, b, h), state(h), pf);
+          aim(pf[0], a.q, b, h0, h1, i + kChunk, next, D);
+          aim(pf[1], a.grad_out, b, h0, h1, i + kChunk, next, E);
+          for (int64_t h = h0; h < h1; ++h)
+            apply_backward_chunk(b, h, i, static_cast<int>(lesser<int64_t>(kChunk, end - i)), work_of(slot),
+                                 packed_of(slot, b, h), state(h), pf);
         }
+      }
     };
     auto finish = [&](int slot, int64_t b, int64_t h) {
       float* state = state_of(slot, b, h);
@@ -755,7 +786,7 @@ struct Op {
     if (fused) {
       for_each_head([&](int slot, int64_t b, int64_t h) {
         pack(slot, b, h);
-        queries(slot, b, h, h + 1, 0);
+        queries(slot, b, h, h + 1, 0, 1);
         finish(slot, b, h);
       });
     } else {
@@ -832,15 +863,16 @@ struct Op {
     auto keys = [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t m0, int64_t m1) {
       BackwardScratch s = work_of(slot);
       for (int i = 0; i < kChunk; ++i) s.z[i] = 1.0f;  // grad_v is not divided by anything
-      for (int64_t m = m0; m < m1; m += kChunk)
+      for (int64_t m = m0; m < m1; m += kChunk) {
+        Prefetch pf[2];
+        aim(pf[0], a.k, b, h0, h1, m + kChunk, m1, D);
+        aim(pf[1], a.v, b, h0, h1, m + kChunk, m1, E);
         for (int64_t h = h0; h < h1; ++h) {
           const uint32_t* p = packed_of(slot, b, h);
-          Prefetch pf[2];
-          aim(pf[0], a.k, b, h, h0, h1, m + kChunk, m1, D);
-          aim(pf[1], a.v, b, h, h0, h1, m + kChunk, m1, E);
           state_backward_chunk(b, h, m, static_cast<int>(lesser<int64_t>(kChunk, m1 - m)), s, p, p + plain,
                                reinterpret_cast<const float*>(p + plain + transposed), pf);
         }
+      }
     };
     if (fused) {
       for_each_head([&](int slot, int64_t b, int64_t h) {
@@ -849,8 +881,8 @@ struct Op {
       });
     } else {
       for_each_head(pack);
-      for_each_part(group, runs, [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t run) {
-        keys(slot, b, h0, h1, run * kRun, lesser(a.M, (run + 1) * kRun));
+      for_each_part(group, runs, [&](int slot, int64_t b, int64_t h0, int64_t h1, int64_t first, int64_t last) {
+        keys(slot, b, h0, h1, first * kRun, lesser(a.M, last * kRun));
       });
     }
     scratch.drop();

@@ -26,6 +26,7 @@
 #define LINATTN_ISA baseline
 #endif
 #define LINATTN_INLINE inline __attribute__((always_inline))
+#define LINATTN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace linattn {
 namespace LINATTN_ISA {
@@ -56,6 +57,14 @@ LINATTN_INLINE V operator-(V a, V b) { return V{_mm512_sub_ps(a.v, b.v)}; }
 LINATTN_INLINE V vmax(V a, V b) { return V{_mm512_max_ps(a.v, b.v)}; }
 LINATTN_INLINE V vmin(V a, V b) { return V{_mm512_min_ps(a.v, b.v)}; }
 LINATTN_INLINE float hsum(V a) { return _mm512_reduce_add_ps(a.v); }
+// out[r] = sum of the lanes of a[r], every row added in the same order.
+LINATTN_INLINE void hsum4(const V (&a)[4], float* out) {
+  __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+  __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  __m512 s = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));  // per 128 bits: 4 rows
+  __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+}
 LINATTN_INLINE V if_positive(V x, V a, V b) {  // x > 0 ? a : b
   return V{_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), b.v, a.v)};
 }
@@ -124,6 +133,12 @@ LINATTN_INLINE float hsum(V a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+LINATTN_INLINE void hsum4(const V (&a)[4], float* out) {
+  __m256 x = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
+  __m256 y = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
+  __m256 s = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 LINATTN_INLINE V if_positive(V x, V a, V b) {
   return V{_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ))};
@@ -213,6 +228,9 @@ LINATTN_INLINE V operator-(V a, V b) { return V{a.v - b.v}; }
 LINATTN_INLINE V vmax(V a, V b) { return V{a.v > b.v ? a.v : b.v}; }
 LINATTN_INLINE V vmin(V a, V b) { return V{a.v < b.v ? a.v : b.v}; }
 LINATTN_INLINE float hsum(V a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+LINATTN_INLINE void hsum4(const V (&a)[4], float* out) {
+  for (int r = 0; r < 4; ++r) out[r] = hsum(a[r]);
+}
 LINATTN_INLINE V if_positive(V x, V a, V b) { return V{x.v > zero().v ? a.v : b.v}; }
 LINATTN_INLINE V round_even(V t) {  // |t| < 2^22: adding 1.5 * 2^23 leaves no fraction bits
   V magic = set1(0x1.8p23f);
@@ -281,6 +299,18 @@ LINATTN_INLINE void stream(T* p, V a) {
 LINATTN_INLINE void stream_fence() {}
 #endif
 
+// Stores a full register as bfloat16 and gives back what was stored.
+LINATTN_INLINE V store_rounded(bf16* p, V a) {
+#ifdef __AVX512F__
+  __m256i x = bf16_bits(a);
+  store_16(p, x, V::W);
+  return from_bits(x);
+#else
+  store_n(p, a, V::W);
+  return load_n(p, V::W);
+#endif
+}
+
 LINATTN_INLINE V broadcast(const uint32_t* p) {
   float x;
   memcpy(&x, p, 4);
@@ -291,35 +321,41 @@ LINATTN_INLINE V broadcast(const uint32_t* p) {
 // Degree 6 reduces the argument by ln 2 in two parts (high part exact for |n| < 512) and is good to about 1 ulp;
 // degrees 4 and 3 (2.6e-6 and 7.5e-5, on top of 2^-24 |x|) are for results that are rounded to 11 or 8 bits anyway.
 // Coefficients: minimax of the relative error, fitted in float64.
-template <int DEGREE>
-LINATTN_INLINE V exp_neg(V x) {
-  x = vmax(set1(-104.0f), x);  // exp(-104) rounds to 0
+// N registers advance together, step by step: one alone is a chain of some 50 cycles, and a processor's schedulers are
+// too small to find the next ones behind it.
+#define LINATTN_EACH(i, N) _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+template <int DEGREE, int N>
+LINATTN_INLINE void exp_neg(V (&x)[N]) {
+  V n[N], r[N], p[N];
+  LINATTN_EACH(i, N) x[i] = vmax(set1(-104.0f), x[i]);  // exp(-104) rounds to 0
 #if !defined(__AVX512F__)
-  x = vmin(zero(), x);  // the exponent arithmetic of scale_2n must not overflow in lanes nobody wants
+  LINATTN_EACH(i, N) x[i] = vmin(zero(), x[i]);  // scale_2n must not overflow in lanes nobody wants
 #endif
-  V t = x * set1(0x1.715476p0f), n = round_even(t);
+  LINATTN_EACH(i, N) r[i] = x[i] * set1(0x1.715476p0f);
+  LINATTN_EACH(i, N) n[i] = round_even(r[i]);
   if constexpr (DEGREE == 6) {
-    V r = fma(n, set1(-0x1.62e4p-1f), x);
-    r = fma(n, set1(-0x1.7f7d1cp-20f), r);
-    V p = fma(set1(0x1.6a23dp-10f), r, set1(0x1.123a2p-7f));
-    p = fma(p, r, set1(0x1.5558f2p-5f));
-    p = fma(p, r, set1(0x1.555492p-3f));
-    p = fma(p, r, set1(0x1.fffffcp-2f));
-    p = fma(p * r, r, r) + set1(1.0f);
-    return scale_2n(p, n);
+    LINATTN_EACH(i, N) r[i] = fma(n[i], set1(-0x1.62e4p-1f), x[i]);
+    LINATTN_EACH(i, N) r[i] = fma(n[i], set1(-0x1.7f7d1cp-20f), r[i]);
+    LINATTN_EACH(i, N) p[i] = fma(set1(0x1.6a23dp-10f), r[i], set1(0x1.123a2p-7f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.5558f2p-5f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.555492p-3f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.fffffcp-2f));
+    LINATTN_EACH(i, N) p[i] = p[i] * r[i];
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], r[i]) + set1(1.0f);
   } else if constexpr (DEGREE == 4) {
-    V f = fma(x, set1(0x1.715476p0f), zero() - n);
-    V p = fma(set1(0x1.39976ep-7f), f, set1(0x1.ca151ep-5f));
-    p = fma(p, f, set1(0x1.ec06ep-3f));
-    p = fma(p, f, set1(0x1.62e0dcp-1f));
-    return scale_2n(fma(p, f, set1(0x1.ffffe8p-1f)), n);
+    LINATTN_EACH(i, N) r[i] = fma(x[i], set1(0x1.715476p0f), zero() - n[i]);
+    LINATTN_EACH(i, N) p[i] = fma(set1(0x1.39976ep-7f), r[i], set1(0x1.ca151ep-5f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.ec06ep-3f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.62e0dcp-1f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.ffffe8p-1f));
   } else {
     static_assert(DEGREE == 3);
-    V f = t - n;
-    V p = fma(set1(0x1.c3f6aep-5f), f, set1(0x1.f0df58p-3f));
-    p = fma(p, f, set1(0x1.62f322p-1f));
-    return scale_2n(fma(p, f, set1(0x1.fff68ep-1f)), n);
+    LINATTN_EACH(i, N) r[i] = r[i] - n[i];
+    LINATTN_EACH(i, N) p[i] = fma(set1(0x1.c3f6aep-5f), r[i], set1(0x1.f0df58p-3f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.62f322p-1f));
+    LINATTN_EACH(i, N) p[i] = fma(p[i], r[i], set1(0x1.fff68ep-1f));
   }
+  LINATTN_EACH(i, N) x[i] = scale_2n(p[i], n[i]);
 }
 
 // Degree of exp that a storage type deserves.
@@ -332,11 +368,15 @@ constexpr int exp_degree<bf16> = 3;
 
 // Feature maps. Codes as in the op schema.
 constexpr int kIdentity = 0, kRelu = 1, kElu1 = 2;
-template <int MAP, int DEGREE>
-LINATTN_INLINE V phi(V x) {
-  if constexpr (MAP == kIdentity) return x;
-  if constexpr (MAP == kRelu) return vmax(zero(), x);
-  if constexpr (MAP == kElu1) return if_positive(x, x + set1(1.0f), exp_neg<DEGREE>(x));
+template <int MAP, int DEGREE, int N>
+LINATTN_INLINE void phi(V (&x)[N]) {
+  if constexpr (MAP == kRelu) LINATTN_EACH(i, N) x[i] = vmax(zero(), x[i]);
+  if constexpr (MAP == kElu1) {
+    V e[N];
+    LINATTN_EACH(i, N) e[i] = x[i];
+    exp_neg<DEGREE>(e);
+    LINATTN_EACH(i, N) x[i] = if_positive(x[i], x[i] + set1(1.0f), e[i]);
+  }
 }
 // phi'(x) from f = phi(x): elu1 has phi' = 1 where f > 1 and phi' = f (an exponential, <= 1) elsewhere.
 template <int MAP>
