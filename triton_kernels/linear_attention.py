@@ -17,6 +17,12 @@ an H200 could multiply meanwhile. So each pass reads its rows exactly once, and 
   state_backward  k, v -> dK, dV       one pass over k and v up to D = 128, two (linear_attention_wide.py) above
 
 A head dim is cut into at most two blocks of powers of two (common.head_tile): 40 -> 64, 80 -> 64 + 16, 160 -> 128 + 32.
+What decides is the share of the issue slots that a loop needs while memory (4.3 TB/s, 19 bytes per clock and SM) brings
+its rows; counted in sm_90 machine code, bfloat16, clocks per token and SM:
+    D                 40    64    80   128   160
+    memory, per pass   8.3  13.3  16.7  26.7  33.3
+    state              5.7   5.6   7.4  11.3  17.4     (80 as 128: 11.3; 40 as 32 + 16: 5.1, twice the registers)
+    apply              5.6   5.5   7.1   9.8  12.7
 Lanes past the head dim are masked and cost no traffic. The number of splits is a function of the token count, the
 number of heads, the head dims, the dtype and the device, never of the batch, so a sample alone and the same sample in a
 batch give the same bits. Float32, head dims above 160 and what would spill here (`resident`) go through
