@@ -84,7 +84,7 @@ def _measure_cpu(seconds: float) -> Machine:
     for name in ("float32", "bfloat16"):
         if matmul[name] > peak.get(name, 0):
             peak[name] = matmul[name]
-            notes.append(f"the {name} peak is torch.mm's rate: no faster loop was found here")
+            notes.append(f"the {name} peak is torch.mm's rate")
     peak["float16"] = peak["float32"]  # CPUs convert float16 and compute in float32
     return Machine(bandwidth, peak, matmul, notes)
 

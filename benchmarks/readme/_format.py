@@ -44,10 +44,16 @@ def span(texts: list[str]) -> str:
     return low if low == high else f"{low} .. {high}"
 
 
+def _threads(row: dict[str, str]) -> str:
+    return "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
+
+
 def where(name: str, rows: list[dict[str, str]]) -> str:
     """One line that says on what and from what a table comes."""
     row = rows[0]
     commits = ", ".join(sorted({r["commit"] for r in rows}))
     dates = ", ".join(sorted({r["date"] for r in rows}))
-    machine = row["device"] + (f", {row['threads']} threads, {row['isa']}" if name.startswith("cpu") else "")
+    machine = row["device"] + (f", {_threads(row)}, {row['isa']}" if name.startswith("cpu") else "")
+    if any(r["timing"] == "cpu-time" for r in rows):
+        machine += ", CPU time of one thread (the machine was busy)"
     return f"{machine}; torch {row['torch']}; commit {commits}; {dates} ([all numbers](benchmarks/results/{name}/))"
