@@ -351,7 +351,7 @@ struct Op {
     for (int64_t h = h0; h < h1; ++h) memset(state(h), 0, sizeof(float) * static_cast<size_t>(state_size));
     for (int64_t m = m0; m < m1; m += kChunk) {
       int n = static_cast<int>(lesser<int64_t>(kChunk, m1 - m));
-      Prefetch pf[2];
+      Prefetch pf[kPrefetches];
       aim(pf[0], a.k, b, h0, h1, m + kChunk, next, D);
       aim(pf[1], a.v, b, h0, h1, m + kChunk, next, E);
       for (int64_t h = h0; h < h1; ++h) {
@@ -454,7 +454,7 @@ struct Op {
                      const PackedOf& packed_of) const {
     for (int64_t i = n0; i < n1; i += kChunk) {
       int n = static_cast<int>(lesser<int64_t>(kChunk, n1 - i));
-      Prefetch pf[2];
+      Prefetch pf[kPrefetches];
       aim(pf[0], a.q, b, h0, h1, i + kChunk, n1, D);
       if (!streamed) aim(pf[1], a.out, b, h0, h1, i + kChunk, n1, E);  // or every store waits for its line
       for (int64_t h = h0; h < h1; ++h) {
@@ -769,9 +769,10 @@ struct Op {
         for (int64_t h = h0; h < h1; ++h) memset(state(h), 0, sizeof(float) * static_cast<size_t>(state_size));
         int64_t end = lesser(a.N, (segment + 1) * length);
         for (int64_t i = segment * length; i < end; i += kChunk) {
-          Prefetch pf[2];
+          Prefetch pf[kPrefetches];
           aim(pf[0], a.q, b, h0, h1, i + kChunk, next, D);
           aim(pf[1], a.grad_out, b, h0, h1, i + kChunk, next, E);
+          aim(pf[2], a.grad_q, b, h0, h1, i + kChunk, next, D);
           for (int64_t h = h0; h < h1; ++h)
             apply_backward_chunk(b, h, i, static_cast<int>(lesser<int64_t>(kChunk, end - i)), work_of(slot),
                                  packed_of(slot, b, h), state(h), pf);
@@ -864,9 +865,11 @@ struct Op {
       BackwardScratch s = work_of(slot);
       for (int i = 0; i < kChunk; ++i) s.z[i] = 1.0f;  // grad_v is not divided by anything
       for (int64_t m = m0; m < m1; m += kChunk) {
-        Prefetch pf[2];
+        Prefetch pf[kPrefetches];
         aim(pf[0], a.k, b, h0, h1, m + kChunk, m1, D);
         aim(pf[1], a.v, b, h0, h1, m + kChunk, m1, E);
+        aim(pf[2], a.grad_k, b, h0, h1, m + kChunk, m1, D);
+        aim(pf[3], a.grad_v, b, h0, h1, m + kChunk, m1, E);
         for (int64_t h = h0; h < h1; ++h) {
           const uint32_t* p = packed_of(slot, b, h);
           state_backward_chunk(b, h, m, static_cast<int>(lesser<int64_t>(kChunk, m1 - m)), s, p, p + plain,

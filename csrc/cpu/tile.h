@@ -78,6 +78,8 @@ struct Prefetch {
   }
 };
 
+constexpr int kPrefetches = 4;  // what a gemm is handed, drained in turn
+
 // acc[R][N] = sum over k of A (broadcast units) x B (vectors). AT: A is [k][row], else [row][k].
 template <class M, int R, int N, bool AT>
 LINATTN_INLINE void multiply(V (&acc)[R][N], int depth, const uint32_t* A, int64_t lda, const uint32_t* B, int64_t ldb,
@@ -113,14 +115,14 @@ __attribute__((noinline)) void gemm_panel(int rows, int column, int depth, const
   for (int r = 0; r < rows; r += R) {
     const char* p = reinterpret_cast<const char*>(B);
     int64_t by = 0;
-    if (pf) pf[0].take(depth, p, by) || pf[1].take(depth, p, by);
+    for (int i = 0; pf && i < kPrefetches && !pf[i].take(depth, p, by);) ++i;
     V acc[R][N];
     multiply<M, R, N, AT>(acc, depth, A + (AT ? r : r * lda), lda, B + column, ldb, p, by);
     epilogue(acc, r, column);
   }
 }
 
-// C[rows, vectors * W] = A[rows, depth units] B[depth units, ...]. pf: null or two prefetches, drained in turn.
+// C[rows, vectors * W] = A[rows, depth units] B[depth units, ...]. pf: null or kPrefetches of them.
 template <class M, bool AT, class Epilogue>
 void gemm(int rows, int vectors, int depth, const uint32_t* A, int64_t lda, const uint32_t* B, int64_t ldb,
           const Epilogue& epilogue, Prefetch* pf = nullptr) {
