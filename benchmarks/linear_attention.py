@@ -254,7 +254,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if r["provider"].startswith("linattn-") and r["mode"] == "forward" and r["p50"]]
-    rows = [r for r in rows if r["layout"] == "BNHD" and r["timing"] == "eager"]
+    rows = [r for r in rows if r["layout"] == "BNHD" and r["timing"] != "graph"]
     rows = [r for r in rows if r["over_sdpa"] or r["over_compiled"]]
     dtypes = [d for d in ("float32", "bfloat16", "float16") if any(r["dtype"] == d for r in rows)]
     if not dtypes:
