@@ -13,7 +13,11 @@ void each(const From* x, To* y, int64_t n, const F& f) {
 }
 template <int MAP, int DEGREE>
 void map_all(const float* x, float* y, float* grad, int64_t n) {
-  each(x, y, n, [](V v) { return phi<MAP, DEGREE>(v); });
+  each(x, y, n, [](V v) {
+    V f[1] = {v};
+    phi<MAP, DEGREE>(f);
+    return f[0];
+  });
   each(y, grad, n, [](V v) { return phi_grad<MAP>(v); });
 }
 }  // namespace
