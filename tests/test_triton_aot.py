@@ -33,7 +33,7 @@ def launched(D, E, dtype, arch):
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 
     def resident(kernel):
-        return linear_attention.resident(kernel, D, E, kind, arch in (90, 100))
+        return linear_attention.resident(kernel, D, E, kind, {80: "mma", 90: "wgmma"}.get(arch, ""))
 
     yield "state" if resident("state") else "wide_state"
     yield "apply" if resident("apply") else "wide_apply"

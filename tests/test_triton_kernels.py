@@ -247,9 +247,10 @@ def test_backward_is_as_accurate_as_the_plain_formula(case):
 
 
 @needs_kernels
+@pytest.mark.parametrize("unit", ["mma", ""], ids=["mma", "unknown"])
 @pytest.mark.parametrize("case", ["sd-40-fp16", "sd-80-bf16", "24x48-denominators-bf16"])
-def test_kernels_for_gpus_without_wgmma_are_as_accurate(case, monkeypatch):
-    monkeypatch.setattr(kernels, "has_wgmma", lambda device: False)
+def test_kernels_for_gpus_without_wgmma_are_as_accurate(case, unit, monkeypatch):
+    monkeypatch.setattr(kernels, "tensor_core", lambda device: unit)
     inputs, exact, plain = problem(case)
     feature, normalize = CASES[case][7:9]
     kv, k_sum = run_state(inputs, feature)

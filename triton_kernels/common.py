@@ -264,12 +264,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(None)
-def has_wgmma(device: torch.device) -> bool:
-    """Whether tl.dot reads its right operand from shared memory (Hopper, datacentre Blackwell).
+def tensor_core(device: torch.device) -> str:
+    """How tl.dot multiplies on a device: "wgmma", "mma" or "".
 
-    Elsewhere mma.sync takes it from registers, where a D x E operand that stays for the whole loop does not fit.
+    wgmma (Hopper) reads its right operand from shared memory; mma.sync takes it from registers, where a D x E operand
+    that stays for a whole loop does not always fit. "" stands for the rest: for datacentre Blackwell, Triton 3.6 fails
+    to compile some of the kernels that keep a state in registers, so it gets the plain tiled ones.
     """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if device.type != "cuda":
+        return "wgmma"  # the interpreter, which has no such limits
+    major = torch.cuda.get_device_capability(device)[0]
+    return {8: "mma", 9: "wgmma", 12: "mma"}.get(major, "")
 
 
 def on_device(tensor: torch.Tensor):

@@ -45,7 +45,6 @@ from .common import (
     ELU1,
     RUNTIME_ARGUMENTS,
     fit_float16,
-    has_wgmma,
     head_tile,
     load_matrix,
     load_rows,
@@ -60,6 +59,7 @@ from .common import (
     store_matrix,
     store_rows,
     stride_unit,
+    tensor_core,
     vector_operand,
 )
 
@@ -646,16 +646,19 @@ def state_backward_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def resident(kernel: str, D: int, E: int, dtype: torch.dtype, wgmma: bool) -> bool:
-    """Whether a kernel of this file takes these head dims without spilling; else linear_attention_wide.py does."""
+def resident(kernel: str, D: int, E: int, dtype: torch.dtype, core: str) -> bool:
+    """Whether a kernel of this file takes these head dims without spilling; else linear_attention_wide.py does.
+
+    core: common.tensor_core of the device.
+    """
     if dtype == torch.float32:
         return False
-    if wgmma:
+    if core == "wgmma":
         limit = {"apply_backward_both": 64, "apply_backward_rows": 128, "state_backward": 128}.get(kernel, 160)
-    else:
+    elif core == "mma" and head_tile(D)[1] + head_tile(E)[1] == 0:
         limit = {"state": 128, "forward_short": 128, "apply": 64}.get(kernel, 0)
-        if head_tile(D)[1] + head_tile(E)[1] > 0:
-            limit = 0
+    else:
+        limit = 0
     return max(D, E) <= limit
 
 
@@ -707,7 +710,7 @@ def forward(q, k, v, q_denom, k_denom, feature_map, normalize, scale, eps, out, 
     if B * H == 0 or (N == 0 and kv is None):
         return
     short = M * (D + E) * q.element_size() <= SHORT_BYTES
-    if N == 0 or not short or not resident("forward_short", D, E, q.dtype, has_wgmma(q.device)):
+    if N == 0 or not short or not resident("forward_short", D, E, q.dtype, tensor_core(q.device)):
         if kv is None:
             kv = torch.empty(B, H, D, E, dtype=torch.float32, device=q.device)
             k_sum = torch.empty(B, H, D, dtype=torch.float32, device=q.device)
@@ -739,7 +742,7 @@ def state(k, v, k_denom, feature_map, kv, k_sum):
     E = v.shape[-1]
     if B * H == 0:
         return
-    if not resident("state", D, E, k.dtype, has_wgmma(k.device)):
+    if not resident("state", D, E, k.dtype, tensor_core(k.device)):
         wide.state(k, v, k_denom, feature_map, kv, k_sum)
         return
     kd = k if k_denom is None else k_denom
@@ -769,7 +772,7 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     E = out.shape[-1]
     if B * H * N == 0:
         return
-    if not resident("apply", D, E, q.dtype, has_wgmma(q.device)):
+    if not resident("apply", D, E, q.dtype, tensor_core(q.device)):
         wide.apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, out)
         return
     qd = q if q_denom is None else q_denom
@@ -805,8 +808,8 @@ def apply_backward(
     if grad_q_denom is not None and not normalize:
         grad_q_denom.zero_()
         q_denom = grad_q_denom = None
-    wgmma = has_wgmma(q.device)
-    if not resident("apply_backward_state", D, E, q.dtype, wgmma):
+    core = tensor_core(q.device)
+    if not resident("apply_backward_state", D, E, q.dtype, core):
         wide.apply_backward(
             grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
             grad_q, grad_q_denom, grad_kv, grad_k_sum,
@@ -816,8 +819,8 @@ def apply_backward(
     unit = stride_unit(grad_out, q, qd, grad_q, gqd)
     splits, chunk = split_tokens(N, H, E, 1, multiprocessors(q.device))
     part, kv_part, sum_part = _partials(splits, grad_kv, grad_k_sum)
-    halves = ("both",) if resident("apply_backward_both", D, E, q.dtype, wgmma) else ("rows", "state")
-    if not resident("apply_backward_rows", D, E, q.dtype, wgmma):
+    halves = ("both",) if resident("apply_backward_both", D, E, q.dtype, core) else ("rows", "state")
+    if not resident("apply_backward_rows", D, E, q.dtype, core):
         halves = ("state",)
         wide.grad_q(
             grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, grad_q, grad_q_denom,
@@ -845,7 +848,7 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     E = v.shape[-1]
     if B * H == 0:
         return
-    if not resident("state_backward", D, E, k.dtype, has_wgmma(k.device)):
+    if not resident("state_backward", D, E, k.dtype, tensor_core(k.device)):
         wide.state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom)
         return
     kd, gkd = (k, grad_k) if k_denom is None else (k_denom, grad_k_denom)

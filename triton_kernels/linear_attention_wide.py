@@ -344,7 +344,7 @@ def _tile(width: int, dtype: torch.dtype) -> int:
 def row_blocks(dtype: torch.dtype, holds_rows: bool = False) -> dict:
     """Rows per program, contraction step, warps and stages of the row kernels; holds_rows: of wide_grad_q."""
     if dtype == torch.float32:
-        return {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8 if holds_rows else 4, "num_stages": 2}
+        return {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1 if holds_rows else 2}
 
 
