@@ -588,6 +588,7 @@ int main(int argc, char** argv) {
       {2, 2, 64, 64, 80, 80, 2, false, false, kHeadsFirst},  {1, 2, 33, 7, 160, 160, 2, false, true, kGaps},
       {1, 2, 70, 99, 37, 51, 2, true, true, kGaps},          {1, 1, 67, 63, 255, 256, 1, false, false, kGaps},
       {1, 2, 66, 65, 9, 33, 0, true, true, kTokensFirst},    {2, 2, 31, 200, 64, 8, 0, false, true, kExpanded},
+      {1, 2, 21, 13, 27, 40, 2, false, true, kGaps},  // few keys, odd head dim: phi(0) = 1 must not pair up
       {1, 2, 0, 10, 16, 16, 2, true, true, kHeadsFirst},     {2, 0, 5, 5, 16, 16, 2, false, true, kHeadsFirst},
       {1, 2, 4, 3, 11, 13, 1, true, false, kGaps},           {1, 3, 1100, 600, 24, 16, 2, false, true, kTokensFirst},
   };
