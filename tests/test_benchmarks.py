@@ -112,6 +112,18 @@ def test_the_order_of_contenders_rotates():
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"  # the warm-up, then three rounds
 
 
+def test_patience_is_spent_on_waiting_for_a_quick_canary():
+    """Two slow canaries, then a quick one; with no patience left the round is taken as it comes."""
+    clock, times = Clock(), iter([1.0, 9.0, 9.0, 1.0, 9.0, 9.0])
+    canary = measure.Canary(clock.work(lambda: next(times)))
+    canary.patience = 12.0
+    assert canary() == 1.0
+    assert canary.wait_until_quiet(clock, pause=0) == 1.0
+    assert canary.patience == 12.0 - 9.0 - 1.0
+    assert canary.wait_until_quiet(clock, pause=0) == 9.0
+    assert canary.patience < 0
+
+
 def test_short_calls_are_repeated_within_a_sample():
     clock, calls = Clock(), []
 

@@ -44,6 +44,7 @@ def parser(family: Family) -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, help="leave out contenders of which one call takes longer (seconds)")
     p.add_argument("--only", help="cases whose description contains this text")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    p.add_argument("--patience", type=float, default=0.0, help="seconds to spend, in all, waiting for quiet moments")
     p.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: for a machine that is never quiet")
     p.add_argument("--out", type=Path, help="folder for the CSV and the figure (default: a temporary one)")
     p.add_argument("--csv", type=Path, help="the CSV file, appended to if it exists (instead of one in --out)")
@@ -77,6 +78,7 @@ def main(family: Family, argv: list[str] | None = None) -> int:
     canary, unstarted = canary_for(device), []
     for _ in range(20):
         canary()
+    canary.patience = args.patience
     cases = [c for c in family.cases(device, args.level) if not args.only or args.only in str(c)]
     if args.cpu_time:
         cases = [dataclasses.replace(case, timing="cpu-time") for case in cases]
