@@ -285,9 +285,12 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         axis.legend(fontsize=7, loc="best")
     axes[0][0].set_ylabel("times faster, forward")
     first = rows[0]
+    machine = f"{first['device']} ({first['isa']})"
+    if first["provider"] == "linattn-cpu":
+        timing = ", CPU time" if first["timing"] == "cpu-time" else ""
+        machine = f"{first['device']} ({first['isa']}; threads: {first['threads']}{timing})"
     panels.suptitle(
-        f"linattn {first['linattn']}: {first['device']} ({first['isa']}, {first['threads']} threads)\n"
-        f"torch {first['torch']}, {first['commit']}, {first['date']}",
+        f"linattn {first['linattn']}: {machine}\ntorch {first['torch']}, {first['commit']}, {first['date']}",
         fontsize=8,
     )
     panels.tight_layout()
