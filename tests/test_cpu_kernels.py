@@ -6,105 +6,21 @@ of instruction set, hand-written exponentials and conversions, scratch memory an
 
 import ctypes
 import os
-import platform
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.native import COMPILER, FLAGS, ISAS, ROOT, SOURCES, compile_all, needs_compiler
 
 import linattn  # noqa: F401  (defines the private ops)
 from linattn import _library
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "csrc" / "cpu"
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-# The flags of cmake/cpu.cmake.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-FLAGS = {
-    "baseline": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mprefer-vector-width=512"],
-}
-ISAS = list(FLAGS) if X86 else ["baseline"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IDENTITY, RELU, ELU1 = 0, 1, 2
 
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (install g++ or set CXX)")
 needs_library = pytest.mark.skipif(not _library.loaded("cpu"), reason=f"no CPU library: {_library.reason('cpu')}")
-
-
-def compile_all(folder, units, options, output, link=()):
-    """Compile (source, flags) units two at a time and link them into `folder / output`."""
-    common = [COMPILER, "-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{SOURCES}", *options]
-
-    def one(numbered):
-        index, (source, flags) = numbered
-        target = folder / f"{index}.o"
-        done = subprocess.run([*common, *flags, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(one, enumerate(units)))
-    done = subprocess.run(
-        [COMPILER, *options, "-pthread", *objects, "-o", str(folder / output), *link], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder / output
-
-
-def sanitizer_works(name, folder):
-    """Some compilers come without the run-time libraries of the sanitizers."""
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    made = subprocess.run(
-        [COMPILER, f"-fsanitize={name}", str(probe), "-o", str(folder / "probe")], capture_output=True
-    )
-    return made.returncode == 0 and subprocess.run([str(folder / "probe")], capture_output=True).returncode == 0
-
-
-# ------------------------------------------------------------------------------------------------ native driver
-
-
-@needs_compiler
-def test_native_driver_is_clean_under_address_and_undefined_sanitizers(tmp_path):
-    if not sanitizer_works("address,undefined", tmp_path):
-        pytest.skip(f"{COMPILER} has no working AddressSanitizer")
-    kernel = SOURCES / "linear_attention.cpp"
-    units = [(kernel, [*FLAGS[isa], f"-DLINATTN_ISA={isa}"]) for isa in ISAS]
-    units += [(SOURCES / "isa.cpp", []), (ROOT / "tests/native/check_linear_attention.cpp", [])]
-    options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DLINATTN_POISON"]
-    if "g++" in Path(COMPILER).name:  # checks as calls: half the compile time
-        options += ["--param", "asan-instrumentation-with-call-threshold=0"]
-    program = compile_all(tmp_path, units, options, "check")
-    with ThreadPoolExecutor(2) as pool:  # one instruction set per process
-        runs = list(pool.map(lambda isa: subprocess.run([str(program), isa], capture_output=True, text=True), ISAS))
-    for isa, done in zip(ISAS, runs, strict=True):
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-        assert f"{isa}: ok" in done.stdout or f"{isa}: not supported" in done.stdout
-
-
-@needs_compiler
-def test_native_driver_is_clean_under_thread_sanitizer(tmp_path):
-    if not sanitizer_works("thread", tmp_path):
-        pytest.skip(f"{COMPILER} has no working ThreadSanitizer")
-    units = [
-        (SOURCES / "linear_attention.cpp", ["-DLINATTN_ISA=baseline"]),
-        (SOURCES / "isa.cpp", []),
-        (ROOT / "tests/native/check_linear_attention.cpp", []),
-    ]
-    program = compile_all(tmp_path, units, ["-O1", "-g1", "-fsanitize=thread", "-DLINATTN_ONLY_BASELINE"], "check")
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 # -------------------------------------------------------------------------------------- exp, phi and conversions
