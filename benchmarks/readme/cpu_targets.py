@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from . import _format as f
 
 #: (what, which rows of ours, column, the least value that meets the goal, the goal in words)
@@ -65,8 +67,8 @@ def _line(rows, target) -> list[str] | None:
         return [f"{what}: {goal}", "not measured", "", ""]
     met = sum(float(value) >= least for value in values)
     verdict = "yes" if met == len(values) else f"**missed** in {len(values) - met} of {len(values)} cases"
-    middle = sorted(values, key=float)[len(values) // 2]
-    return [f"{what}: {goal}", f.span(values), f.ratio(middle), verdict]
+    middle = statistics.median(map(float, values))
+    return [f"{what}: {goal}", f.span(values), f.ratio(str(middle)), verdict]
 
 
 def _misses(rows, target) -> list[str]:
