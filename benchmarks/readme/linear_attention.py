@@ -14,10 +14,10 @@ def render(results) -> str:
     if not parts:
         return "No results are recorded yet: `python -m benchmarks.linear_attention --save`."
     parts.append(
-        "Milliseconds (median), batch 2, (B, N, H, D) strides as models have them. Floor: bytes that must move over "
-        "the bandwidth of a copy, or FLOPs over the arithmetic peak, whichever takes longer, both measured in the same "
-        "run. anchor: the sizes that peers quote. SDPA is softmax attention, another function: the one that is replaced. —: one call takes too long. "
-        "float16, other layouts and spreads are in the CSV."
+        "Milliseconds (median), batch 2, (B, N, H, D) strides as models have them; anchor: the sizes that peers quote. "
+        "Floor: bytes that must move over the bandwidth of a copy, or FLOPs over the arithmetic peak, whichever takes "
+        "longer, both measured in the same run. SDPA is softmax attention, another function: the one that is replaced. "
+        "—: one call takes too long. float16, other layouts and spreads are in the CSV."
     )
     return "\n\n".join(parts)
 
