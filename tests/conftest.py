@@ -9,8 +9,6 @@ import sys
 import zlib
 from pathlib import Path
 
-# Without a GPU Triton's kernels run in its interpreter, on CPU tensors. "auto" never chooses them there, so all other
-# tests see the backends that they would see without this. With a GPU the real thing runs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -18,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU Triton's kernels run in its interpreter, on CPU tensors. "auto" never chooses them there, so all other
+# tests see the backends that they would see without this. With a GPU the real thing runs.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
