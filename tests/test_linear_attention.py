@@ -305,6 +305,15 @@ def test_a_fused_projection_is_read_in_place(backend):
     assert not seen & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::_to_copy"}
 
 
+@on_every_backend()
+def test_the_stride_of_a_head_dim_of_one_does_not_matter(backend, device):
+    spread = [torch.randn(2, 3, 9, 4, device=device)[..., ::2][..., :1] for _ in range(3)]
+    dense = [x.clone(memory_format=torch.contiguous_format).as_strided(x.shape, (27, 9, 1, 1)) for x in spread]
+    assert spread[0].stride(-1) == 2
+    with linattn.use_backend(backend):
+        assert torch.equal(linattn.linear_attention(*spread), linattn.linear_attention(*dense))
+
+
 @on_every_backend(only=KERNELS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=NAME.get)
 def test_views_of_a_fused_buffer_give_the_values_and_gradients_of_separate_tensors(dtype, backend, device):

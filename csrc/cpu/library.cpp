@@ -44,7 +44,8 @@ View view(const char* name, const Tensor& x, const LinearAttentionArgs& a, int64
   STD_TORCH_CHECK(size[0] == a.B && size[1] == a.H && size[2] == tokens && size[3] == width, "linattn cpu: ", name,
                   " must be (", a.B, ", ", a.H, ", ", tokens, ", ", width, "), got (", size[0], ", ", size[1], ", ",
                   size[2], ", ", size[3], ")");
-  STD_TORCH_CHECK(stride[3] == 1 || x.numel() == 0, "linattn cpu: ", name, " must have stride 1 in its last dimension");
+  STD_TORCH_CHECK(stride[3] == 1 || width == 1 || x.numel() == 0, "linattn cpu: ", name,
+                  " must have stride 1 in its last dimension");
   STD_TORCH_CHECK(dtype_of(x) == a.dtype, "linattn cpu: ", name, " has another dtype than the rest");
   return {x.data_ptr(), stride[0], stride[1], stride[2]};
 }
