@@ -1,0 +1,1 @@
+"""Distillation of diffusion models into students with linear attention."""

@@ -1,0 +1,577 @@
+"""A distillation run as a YAML file: read, overridden, checked, and written back.
+
+A recipe has six sections (`model`, `student`, `objective`, `data`, `training`, `output`); the classes below are its
+schema, and their comments its documentation. Everything that is wrong with a recipe is said at once, before anything is
+loaded: the dotted key, what was expected, the value that came, and for an unknown key the nearest one that exists.
+
+YAML 1.1 has two traps for recipes, both taken care of: `1e-4` is text there (it needs a dot to be a number), and `no`
+is false (as in `mixed_precision: no`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+SHIPPED = Path(__file__).resolve().parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe: all of it, one line each.
+
+    Attributes:
+        problems: the lines, each beginning with the dotted key that it is about where it is about one.
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        self.source, self.problems = source, tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  ".join([f"{source}: {count}", *self.problems]))
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def _number(value: object) -> object:
+    """Text that is a number in YAML 1.2, but not in 1.1: `1e-4`."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _tuple(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return tuple(_number(part) for part in value)
+    raise PydanticCustomError("list", "expected a list")
+
+
+def _paths(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, str) and part for part in value):
+        return tuple(value)
+    raise PydanticCustomError("path", "expected a path, or a list of paths")
+
+
+def _multiple_of_8(value: int) -> int:
+    if value % 8:
+        raise PydanticCustomError("multiple", "expected a multiple of 8 (the image encoder reduces by 8)")
+    return value
+
+
+def _import_path(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
+        raise PydanticCustomError("import_path", "expected 'module:Class', as in 'linattn.adapters:LinFusion'")
+    return value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_tuple)]
+Number = Annotated[float, BeforeValidator(_number)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Probability = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Pixels = Annotated[int, Field(ge=8), AfterValidator(_multiple_of_8)]
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no silent conversions, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: object) -> object:
+        return {} if value is None else value  # a section whose keys are all commented out
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if conflicts := list(self.conflicts()):
+            raise PydanticCustomError("conflicts", "keys disagree", {"conflicts": conflicts})
+        return self
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """(key inside this section, what is wrong) for values that are right each, and wrong together."""
+        return iter(())
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
+
+
+class Model(Section):
+    """The teacher, which also gives the student all that is not attention."""
+
+    pretrained: Text  # name on the Hugging Face Hub, or folder, of a diffusers pipeline
+    revision: Text | None = None
+    variant: Text | None = None  # such as fp16
+
+
+class Lora(Section):
+    """Low-rank training of the student's projections (`student.train: lora`)."""
+
+    rank: Count = 16
+    alpha: Positive | None = None  # None: as rank
+    dropout: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0
+    targets: Texts = ("to_q", "to_k", "to_v", "to_out.0")
+    also_train: Texts = ("to_q_", "to_k_")  # children of the student's modules that are trained in full beside it
+
+    def conflicts(self):
+        if not self.targets:
+            yield "targets", "expected at least one name of a projection, got []"
+
+
+class Student(Section):
+    """What takes the place of the teacher's attention, and which part of it is trained."""
+
+    adapter: Annotated[str, AfterValidator(_import_path)]  # module:Class
+    pretrained: Text | None = None  # weights of the adapter to begin with
+    options: dict[str, Any] = Field(default_factory=dict)  # handed to the adapter
+    train: Literal["full", "lora"] = "full"
+    lora: Lora = Field(default_factory=Lora)
+
+
+class AttentionWeights(Section):
+    noise: NotNegative = 1.0  # against the target of the diffusion loss
+    prediction: NotNegative = 0.5  # against the teacher's prediction
+    feature: NotNegative = 0.5  # against the outputs of the teacher's attention
+
+    def conflicts(self):
+        if not (self.noise or self.prediction or self.feature):
+            yield "", "expected at least one weight above 0, got 0 for all of noise, prediction, feature"
+
+
+class AttentionObjective(Section):
+    """Attention distillation: weights.noise * L_noise + weights.prediction * L_kd + weights.feature * L_feat."""
+
+    kind: Literal["attention"] = "attention"
+    weights: AttentionWeights = Field(default_factory=AttentionWeights)
+    features: Texts = ("attn1",)  # last part of the names of the modules whose outputs are compared
+
+    def conflicts(self):
+        if self.weights.feature and not self.features:
+            yield "features", "expected the name of a module, since weights.feature is not 0; got []"
+
+
+def _kind(value: object) -> object:
+    return value.get("kind", "attention") if isinstance(value, dict) else getattr(value, "kind", "attention")
+
+
+# Another objective is one more member: `... | Annotated[PeRFlowObjective, Tag("perflow")]`.
+Objective = Annotated[Annotated[AttentionObjective, Tag("attention")], Discriminator(_kind)]
+
+
+class CacheSettings(Section):
+    """What is computed once and kept on disk, instead of in every step."""
+
+    text: bool = False
+    latents: bool = False
+    folder: Text | None = None  # None: <output.folder>/cache
+
+
+class Data(Section):
+    """Pictures with captions, and what is done to them."""
+
+    kind: Literal["images", "webdataset", "datasets"]
+    # images: a folder. webdataset: a folder of .tar files, one .tar, a glob, or a list of these.
+    # datasets: a folder that Dataset.save_to_disk wrote.
+    path: Annotated[str | tuple[str, ...], PlainValidator(_paths)]
+    split: Text | None = None  # of a datasets folder that holds several
+    image_key: Text | None = None  # None: see linattn.distill.data, as for the caption
+    caption_key: Text | None = None
+    resolution: Pixels
+    resize: Literal["squash", "crop", "buckets"] = "crop"
+    random_crop: bool = False
+    random_flip: bool = False
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    bucket_step: Pixels = 64
+    max_aspect: Annotated[float, BeforeValidator(_number), Field(ge=1)] = 2.0
+    caption_drop: Probability = 0.0  # chance that a caption is replaced by the empty one
+    workers: Annotated[int, Field(ge=0)] = 4
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+
+    def conflicts(self):
+        for key in ("random_crop", "random_flip"):
+            if self.cache.latents and getattr(self, key):
+                yield "cache.latents", f"expected false beside data.{key}: true (one latent cannot hold both), got true"
+        if self.random_crop and self.resize == "squash":
+            yield "random_crop", "expected false beside data.resize: squash (which crops nothing), got true"
+        if self.split is not None and self.kind != "datasets":
+            yield (
+                "split",
+                f"expected null beside data.kind: {self.kind} (only datasets have splits), got {self.split!r}",
+            )
+        if not isinstance(self.path, str) and self.kind != "webdataset":
+            yield "path", f"expected one path beside data.kind: {self.kind}, got a list of {len(self.path)}"
+        if self.resize == "buckets" and self.bucket_step > self.resolution:
+            yield "bucket_step", f"expected at most data.resolution ({self.resolution}), got {self.bucket_step}"
+
+
+class Training(Section):
+    """Optimisation. The learning rate schedules are those of `diffusers.optimization.get_scheduler`."""
+
+    steps: Count  # of the optimizer
+    batch_size: Count  # per process and micro step
+    gradient_accumulation: Count = 1
+    learning_rate: Positive
+    betas: Annotated[tuple[Number, Number], BeforeValidator(_tuple)] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive | None = None
+    lr_schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    mixed_precision: Annotated[
+        Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = "no"
+    gradient_checkpointing: bool = False
+    ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None  # None: no average is kept
+    seed: Seed = 0
+    share_frozen: bool | None = None  # one copy of what teacher and student have in common; None: where possible
+
+    def conflicts(self):
+        for place, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                yield f"betas[{place}]", f"expected a number from 0 to below 1, got {beta}"
+        if self.warmup_steps and self.lr_schedule == "constant":
+            yield (
+                "warmup_steps",
+                "expected 0 beside training.lr_schedule: constant (which has no warm-up: 'constant_with_warmup' has), "
+                f"got {self.warmup_steps}",
+            )
+        if self.warmup_steps > self.steps:
+            yield "warmup_steps", f"expected at most training.steps ({self.steps}), got {self.warmup_steps}"
+
+
+class Validation(Section):
+    """Pictures that the student draws on the way."""
+
+    prompts: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    every: Count = 1000  # optimizer steps
+    steps: Count = 25  # of the sampler
+    guidance: NotNegative = 7.5
+    height: Pixels | None = None  # None: what the model was made for
+    width: Pixels | None = None
+    seed: Seed = 0
+
+
+class Output(Section):
+    folder: Text
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count | None = 2  # None: all
+    log_with: Literal["tensorboard"] | None = "tensorboard"
+    log_every: Count = 10
+    validation: Validation = Field(default_factory=Validation)
+
+
+class Recipe(Section):
+    """A whole run. Made by :func:`load`; the attributes are the sections, and theirs the keys of the YAML file."""
+
+    model: Model
+    student: Student
+    objective: Objective = Field(default_factory=AttentionObjective)
+    data: Data
+    training: Training
+    output: Output
+
+    @classmethod
+    def parse(cls, content: object, source: str = "recipe") -> Recipe:
+        """A recipe from nested dictionaries, as :func:`load` does it from a file.
+
+        Raises:
+            RecipeError: naming `source`, with a line for every problem.
+        """
+        if not isinstance(content, dict):
+            keys = ", ".join(cls.model_fields)
+            raise RecipeError(source, [f"expected a mapping with the keys {keys}; got {_show(content)}"])
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            lines = dict.fromkeys(line for detail in error.errors() for line in _explain(detail))
+            raise RecipeError(source, list(lines)) from None
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; :func:`load` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=110)
+
+    def check_paths(self) -> None:
+        """Raise if a local path of the recipe does not lead anywhere, before minutes are spent on loading a model.
+
+        `data.path` must exist (a glob must match). `model.pretrained` and `student.pretrained` must exist where they
+        can only be folders: a name on the Hub is `name` or `owner/name`. `output.folder` and `data.cache.folder` may
+        be missing, but not be files.
+
+        Raises:
+            RecipeError: the key, the path, and the nearest one that exists.
+        """
+        problems = []
+        for path in (self.data.path,) if isinstance(self.data.path, str) else self.data.path:
+            if not (os.path.exists(expand(path)) or (glob.has_magic(path) and glob.glob(expand(path), recursive=True))):
+                problems.append(f"data.path: expected {_PATHS[self.data.kind]}, got {path!r}{_nearest_path(path)}")
+        for key, name in (("model.pretrained", self.model.pretrained), ("student.pretrained", self.student.pretrained)):
+            if name is not None and _only_local(name) and not os.path.exists(expand(name)):
+                problems.append(f"{key}: expected a folder that exists, got {name!r}{_nearest_path(name)}")
+        for key, name in (("output.folder", self.output.folder), ("data.cache.folder", self.data.cache.folder)):
+            if name is not None and os.path.exists(expand(name)) and not os.path.isdir(expand(name)):
+                problems.append(f"{key}: expected a folder, got the file {name!r}")
+        if problems:
+            raise RecipeError("recipe", problems)
+
+
+_PATHS = {
+    "images": "a folder of images that exists",
+    "webdataset": "tar files that exist",
+    "datasets": "a folder written by save_to_disk that exists",
+}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with linattn: name -> file."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path_or_name: a YAML file, or the name of a shipped recipe (see :func:`shipped`). Relative paths inside it are
+            relative to the current directory, not to the file.
+        overrides: `"training.steps=3"`: a dotted key, and a value in YAML that takes the place of the file's.
+
+    Raises:
+        RecipeError: the file does not exist, is not YAML, or does not fit the schema: every problem, one line each.
+    """
+    path = _find(path_or_name)
+    content = _read(path)
+    problems = []
+    for override in overrides:
+        problems += _override(content, override) if isinstance(content, dict) else []
+    if problems:
+        raise RecipeError("overrides", problems)
+    return Recipe.parse(content, str(path))
+
+
+def expand(path: str) -> str:
+    """A path of a recipe with `~` resolved."""
+    return os.path.expanduser(path)
+
+
+def keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:
+    """Every key of the schema: (dotted key, the section that holds it, its name there)."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, section, name
+        for member in _sections(field.annotation):
+            yield from keys(member, f"{prefix}{name}.")
+
+
+def _find(path_or_name: str | Path) -> Path:
+    path = Path(expand(os.fspath(path_or_name)))
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(path_or_name) in known:
+        return known[str(path_or_name)]
+    if path.is_dir():
+        raise RecipeError(str(path_or_name), ["expected a YAML file, got a folder"])
+    close = _close(path.stem, known)
+    hint = f"; did you mean the shipped recipe {close!r}?" if close else _nearest_path(str(path_or_name))
+    names = ", ".join(known) or "none"
+    raise RecipeError(
+        str(path_or_name), [f"expected a YAML file or the name of a shipped recipe ({names}); no such file{hint}"]
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, but a key that stands twice in a mapping is an error instead of the last one winning."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(key_node, deep=True)
+            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice in this mapping", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> object:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+
+
+def _read(path: Path) -> object:
+    try:
+        return _parse_yaml(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(str(path), [f"{where}not YAML: {error.problem or error.context}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(str(path), [f"not YAML: {error}"]) from None
+    except OSError as error:
+        raise RecipeError(str(path), [f"cannot be read: {error.strerror}"]) from None
+
+
+def _override(content: dict, override: str) -> list[str]:
+    """Put one `key=value` into content; what is wrong with it."""
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        return [f"expected key=value, as in training.steps=3; got {override!r}"]
+    try:
+        value = _parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return [f"{key.strip()}: expected a value in YAML, got {text!r} ({getattr(error, 'problem', None) or error})"]
+    for place, part in enumerate(parts[:-1]):
+        if content.get(part) is None:
+            content[part] = {}
+        if not isinstance(content[part], dict):
+            return [f"{key.strip()}: {'.'.join(parts[: place + 1])} holds a value ({_show(content[part])}), no keys"]
+        content[part] = dict(content[part])  # YAML's anchors share one object between places
+        content = content[part]
+    content[parts[-1]] = value
+    return []
+
+
+# --- explaining ------------------------------------------------------------------------------------------------------
+
+
+def _sections(annotation: object) -> list[type[Section]]:
+    """The sections that a field may hold: itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _show(value: object) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    value = list(value) if isinstance(value, tuple) else value
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _close(word: str, names: Sequence[str]) -> str | None:
+    plain = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1)
+    return plain[found[0]] if found else None
+
+
+def _locate(location: tuple) -> tuple[list[str], type[Section] | None]:
+    """pydantic's location as the parts of a dotted key, and the section that holds the last of them.
+
+    The member of a union that was tried is a part of the location, but not of the key.
+    """
+    section: type[Section] | None = Recipe
+    holder: type[Section] | None = Recipe
+    parts: list[str] = []
+    members: list[type[Section]] = []
+    is_tag = False
+    for part in location:
+        if is_tag:
+            section = next((member for member in members if member.model_fields["kind"].default == part), None)
+            is_tag = False
+            continue
+        holder = section
+        if isinstance(part, int) and parts and section is None:
+            parts[-1] += f"[{part}]"
+            continue
+        parts.append(str(part))
+        field = section.model_fields.get(part) if section else None
+        members = _sections(field.annotation) if field else []
+        is_tag = field is not None and any(isinstance(extra, Discriminator) for extra in field.metadata)
+        section = members[0] if members else None
+    return parts, holder
+
+
+def _explain(detail: dict) -> list[str]:
+    """pydantic's description of one error in the words of a recipe."""
+    parts, holder = _locate(detail["loc"])
+    key, value, kind = ".".join(parts), detail["input"], detail["type"]
+    if kind == "conflicts":
+        conflicts = detail["ctx"]["conflicts"]
+        return [f"{'.'.join(filter(None, [key, inner]))}: {text}" for inner, text in conflicts]
+    if kind in ("extra_forbidden", "invalid_key"):
+        return [f"{key}: unknown key; {_suggest(parts, holder)}"]
+    if kind == "missing" and not isinstance(detail["loc"][-1], int):
+        return [f"{key}: required, and missing"]
+    if kind in ("missing", "too_long", "too_short"):
+        return [f"{key}: {_count(detail)}, got {_show(value)}"]
+    if kind == "union_tag_invalid":
+        return [f"{key}.kind: expected {detail['ctx']['expected_tags']}, got {_show(value['kind'])}"]
+    expected = "expected a number" if kind.startswith(("greater_than", "less_than")) else "expected"
+    message = _MESSAGES.get(kind) or detail["msg"].replace("Input should be", expected)
+    if callable(message):
+        message = message(value)
+    return [f"{key}: {message}, got {_show(value)}"]
+
+
+def _count(detail: dict) -> str:
+    if detail["type"] == "missing":
+        return "expected one more value"
+    return detail["msg"].replace("Tuple should have", "expected")
+
+
+_MESSAGES: dict[str, str | Callable[[object], str]] = {
+    "string_type": lambda value: "expected text" + ("" if isinstance(value, (list, dict)) else " (put it in quotes)"),
+    "string_too_short": "expected text that is not empty",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+    "dict_type": "expected a mapping of keys to values",
+    "model_type": "expected a section with keys of its own",
+}
+
+
+def _suggest(parts: list[str], holder: type[Section] | None) -> str:
+    """The nearest key beside an unknown one, and the same key in another section; else all that there are here."""
+    if holder is None:
+        return "no keys are expected here"
+    prefix = "".join(f"{part}." for part in parts[:-1])
+    close = _close(parts[-1], list(holder.model_fields))
+    candidates = [f"{prefix}{close}"] if close else []
+    candidates += [key for key, _, name in keys() if name == parts[-1]]
+    if candidates:
+        return f"did you mean {' or '.join(map(repr, candidates))}?"
+    return f"expected one of {', '.join(holder.model_fields)}"
+
+
+def _only_local(name: str) -> bool:
+    """Whether a name can be no repository of the Hub, which is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+
+
+def _nearest_path(path: str) -> str:
+    """'; did you mean ...?' for a path of which a part does not exist, if something like that part does."""
+    wanted = Path(expand(path))
+    for part in [wanted, *wanted.parents]:
+        if part.parent.is_dir() and not part.exists():
+            close = _close(part.name, sorted(os.listdir(part.parent)))
+            return f"; did you mean {str(part.parent / close)!r}?" if close else f"; {str(part)!r} does not exist"
+    return ""
