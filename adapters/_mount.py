@@ -2,9 +2,22 @@
 
 Nothing here knows what the modules compute. All state lives in the `Mount` object, which its owner keeps: the model
 itself carries no mark, so that after `undo` its modules, their order, and its state dict are what they were.
+
+What others have put on the model stays with the model, in both directions:
+
+    peft wrappers (LoRA)         move over to the module that comes in; a delta that has been merged (fused) into the
+                                 weight of the old one is merged into the weight of the new one
+    device, dtype, train/eval    are those of the module that goes out
+    accelerate's offload hooks   are put on the module that comes in, and leave the one that goes out
+    diffusers' group offloading  is applied again to the whole model, as diffusers does when layers change
+    diffusers' layerwise casting is put on the module that comes in; it cannot be taken off again
 """
 
 from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,39 +34,6 @@ def find_unet(pipeline_or_unet) -> nn.Module:
     return model
 
 
-def base_layer(layer: nn.Module) -> nn.Module:
-    """The layer under any number of peft wrappers."""
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        layer = layer.base_layer
-    return layer
-
-
-def is_fused(layer: nn.Module) -> bool:
-    """Whether a peft wrapper of this layer has added its delta to the weight it wraps."""
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        if getattr(layer, "merged", False):
-            return True
-        layer = layer.base_layer
-    return False
-
-
-def hand_over_wrappers(source: nn.Module, target: nn.Module, slots: tuple[str, ...]) -> None:
-    """Move the peft wrappers (LoRA and its kin) around the layers of `source` to the same layers of `target`.
-
-    The wrapper objects survive, with their adapters and scales; only what they wrap is exchanged. So a LoRA acts on
-    whichever module is in the model, and it does not matter whether it was loaded before or after mounting.
-    """
-    for slot in slots:
-        outermost = source.get_submodule(slot)
-        innermost, layer = None, outermost
-        while isinstance(getattr(layer, "base_layer", None), nn.Module):
-            innermost, layer = layer, layer.base_layer
-        if innermost is not None:
-            innermost.base_layer = target.get_submodule(slot)
-            _set(source, slot, layer)
-            _set(target, slot, outermost)
-
-
 class Mount:
     """The record of one exchange.
 
@@ -68,24 +48,49 @@ class Mount:
         self.slots = slots
         self.replacements = dict(replacements)
         self.originals = {name: model.get_submodule(name) for name in replacements}
-        self._placed_at = _placement(model)
+        self._fused: list[tuple[nn.Module, _Merged]] = []
         for name, module in self.replacements.items():
-            hand_over_wrappers(self.originals[name], module, slots)
+            original = self.originals[name]
+            _hold_like(module, original, model)
+            for slot in slots:
+                # The originals keep what is fused into them, so that they come back to the last bit.
+                for wrapper in wrappers(original.get_submodule(slot)):
+                    if is_merged(wrapper):
+                        self._fused.append((base_layer(wrapper), _Merged(wrapper)))
+                for wrapper in _move_wrappers(original, module, slot):
+                    _merge_again(wrapper)
             _set(model, name, module)
+        self._held = {name: _holding(module, model) for name, module in self.replacements.items()}
+        _apply_group_offloading_again(model)
 
     def foreign(self) -> list[str]:
         """Names at which the model no longer holds what was mounted there."""
         return [name for name, module in self.replacements.items() if self.model.get_submodule(name) is not module]
 
     def undo(self) -> None:
-        """Put the originals back. They follow the model if it was moved or cast in the meantime."""
-        placement = _placement(self.model)
+        """Put the originals back. They follow the model if it was moved, cast or offloaded in the meantime."""
+        installed = {id(wrapper) for module in self.replacements.values() for wrapper in module.modules()}
+        for base, merged in self._fused:
+            if merged.has_changed():
+                merged.take_out_of(base)
+                if id(merged.wrapper) not in installed:
+                    merged.wrapper.base_layer = base
+                    _merge_again(merged.wrapper)
+        unchanged = {id(merged.wrapper) for _, merged in self._fused if not merged.has_changed()}
         for name, original in self.originals.items():
-            if placement != self._placed_at:
-                original.to(device=placement[0], dtype=placement[1])
-                original.train(placement[2])
-            hand_over_wrappers(self.replacements[name], original, self.slots)
+            module = self.replacements[name]
+            if self._held[name] != _holding(module, self.model):
+                _hold_like(original, module, self.model)
+            for slot in self.slots:
+                for wrapper in wrappers(module.get_submodule(slot)):
+                    if is_merged(wrapper):
+                        _Merged(wrapper).take_out_of(base_layer(wrapper))
+                for wrapper in _move_wrappers(module, original, slot):
+                    if id(wrapper) not in unchanged:
+                        _merge_again(wrapper)
+            _release(module)
             _set(self.model, name, original)
+        _apply_group_offloading_again(self.model)
 
 
 def _set(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -94,5 +99,198 @@ def _set(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype, bool]:
-    return model.device, model.dtype, model.training
+# ------------------------------------------------------------------------------------------------------- peft wrappers
+
+
+def wrappers(layer: nn.Module) -> list[nn.Module]:
+    """The peft wrappers (LoRA and its kin) around a layer, outermost first."""
+    found = []
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        found.append(layer)
+        layer = layer.base_layer
+    return found
+
+
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer under any number of peft wrappers."""
+    around = wrappers(layer)
+    return around[-1].base_layer if around else layer
+
+
+def is_merged(wrapper: nn.Module) -> bool:
+    """Whether this peft wrapper has added its delta to the weight it wraps (what diffusers calls fused)."""
+    return bool(getattr(wrapper, "merged", False))
+
+
+def why_fused_stays(layer: nn.Module, target: nn.Module) -> str | None:
+    """Why what is fused into the weight of `layer` cannot move to `target`; None if it can, or nothing is fused."""
+    if not any(is_merged(wrapper) for wrapper in wrappers(layer)):
+        return None
+    for base in (base_layer(layer), base_layer(target)):
+        weight = getattr(base, "weight", None)
+        if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not weight.is_floating_point():
+            return f"the layer under it is a {type(base).__name__}, whose weight is not a plain matrix"
+        if weight.is_meta:
+            return "its weights are offloaded"
+    for wrapper in filter(is_merged, wrappers(layer)):
+        variants = set(getattr(wrapper, "lora_variant", {})) & set(wrapper.merged_adapters)
+        if variants:
+            return f"what {_listed(variants)} adds depends on the weight it is added to (DoRA and its kin)"
+    return None
+
+
+def subtract_fused(layer: nn.Module, weights: nn.Linear) -> None:
+    """Take out of `weights`, a copy of the weight and bias of this layer's base, what wrappers have fused into it."""
+    for wrapper in filter(is_merged, wrappers(layer)):
+        _Merged(wrapper).take_out_of(weights)
+
+
+def _move_wrappers(source: nn.Module, target: nn.Module, slot: str) -> list[nn.Module]:
+    """Move the wrappers around a layer of `source` to the same layer of `target`, and return them.
+
+    The wrapper objects survive, with their adapters and scales; only what they wrap is exchanged. So a LoRA acts on
+    whichever module is in the model, and it does not matter whether it was loaded before or after mounting.
+    """
+    around = wrappers(source.get_submodule(slot))
+    if around:
+        base = around[-1].base_layer
+        around[-1].base_layer = target.get_submodule(slot)
+        _set(source, slot, base)
+        _set(target, slot, around[0])
+    return around
+
+
+def _merge_again(wrapper: nn.Module) -> None:
+    """Merge into the layer now under this wrapper what it had merged into another one."""
+    if is_merged(wrapper):
+        adapters = list(wrapper.merged_adapters)
+        wrapper.merged_adapters = []
+        wrapper.merge(adapter_names=adapters)
+
+
+@dataclass
+class _Merged:
+    """What a wrapper had merged at one moment: a copy of the wrapper without the layer it wraps, small as LoRA is.
+
+    The wrapper itself may be unfused, changed or unloaded later; the copy can still take its delta out of a weight.
+    """
+
+    wrapper: nn.Module
+    frozen: nn.Module
+
+    def __init__(self, wrapper: nn.Module):
+        self.wrapper = wrapper
+        self.frozen = copy.deepcopy(wrapper, {id(wrapper.base_layer): nn.Identity()})
+
+    def has_changed(self) -> bool:
+        now, then = self.wrapper, self.frozen
+        if now.merged_adapters != then.merged_adapters or getattr(now, "scaling", {}) != getattr(then, "scaling", {}):
+            return True
+        now = {key: value for key, value in now.state_dict().items() if not key.startswith("base_layer.")}
+        then = then.state_dict()
+        return now.keys() != then.keys() or not all(torch.equal(now[key].to(then[key]), then[key]) for key in then)
+
+    def take_out_of(self, base: nn.Linear) -> None:
+        adapters = list(self.frozen.merged_adapters)
+        self.frozen.base_layer = base
+        try:
+            self.frozen.to(device=base.weight.device)
+            self.frozen.unmerge()
+        finally:
+            self.frozen.base_layer = nn.Identity()
+            self.frozen.merged_adapters = adapters
+
+
+def _listed(names) -> str:
+    return ", ".join(map(repr, sorted(names)))
+
+
+# ------------------------------------------------------------------------ device, dtype, and who moves the weights when
+
+
+def _hold_like(incoming: nn.Module, outgoing: nn.Module, model: nn.Module) -> None:
+    """Hold the weights of `incoming` as those of `outgoing`, a module of `model`, are held."""
+    incoming.train(model.training)
+    _release(incoming)
+    # With layerwise casting on, weights rest in the storage dtype and are cast for each call.
+    incoming.to(device=_device(outgoing), dtype=None if _casting(incoming) else model.dtype)
+    casting = _casting(outgoing)
+    if casting is not None and _casting(incoming) is None:
+        from diffusers.hooks import apply_layerwise_casting
+
+        apply_layerwise_casting(
+            incoming, casting.storage_dtype, casting.compute_dtype, non_blocking=casting.non_blocking
+        )
+    offload = _offload(outgoing)
+    if offload is not None:
+        from accelerate.hooks import attach_align_device_hook
+
+        attach_align_device_hook(
+            incoming,
+            execution_device=offload.execution_device,
+            offload=True,
+            weights_map=incoming.state_dict(),
+            offload_buffers=offload.offload_buffers,
+        )
+
+
+def _release(module: nn.Module) -> None:
+    """Take off what moves the weights of this module about, so that it holds them itself."""
+    if _offload(module) is not None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(module)
+    for child in module.modules():
+        registry = getattr(child, "_diffusers_hook", None)
+        if registry is not None:
+            for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+                registry.remove_hook(name, recurse=False)
+
+
+def _holding(module: nn.Module, model: nn.Module) -> tuple:
+    return _device(module), model.dtype, model.training, _offload(module) is None, _casting(module) is None
+
+
+def _device(module: nn.Module) -> torch.device:
+    if _offload(module) is not None:
+        return torch.device("cpu")  # where accelerate keeps offloaded weights
+    return next(module.parameters()).device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate holds this module's weights elsewhere between calls; the parameters are then empty."""
+    return _offload(module) is not None
+
+
+@contextlib.contextmanager
+def weights_present(layer: nn.Module):
+    """Inside, the parameters of a layer that accelerate offloads hold their values."""
+    if _offload(layer) is None:
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer, torch.device("cpu")):
+        yield
+
+
+def _offload(module: nn.Module):
+    """The hook by which accelerate offloads this module's weights (`enable_sequential_cpu_offload`), if any."""
+    hooks = (getattr(child, "_hf_hook", None) for child in module.modules())
+    return next((hook for hook in hooks if getattr(hook, "offload", False)), None)
+
+
+def _casting(module: nn.Module):
+    """The hook by which diffusers stores this module's weights in another dtype, if any."""
+    registries = (getattr(child, "_diffusers_hook", None) for child in module.modules())
+    hooks = (registry.get_hook("layerwise_casting") for registry in registries if registry is not None)
+    return next((hook for hook in hooks if hook is not None), None)
+
+
+def _apply_group_offloading_again(model: nn.Module) -> None:
+    """Its groups are made of the layers they found: those that came in must be in them, those that went out not."""
+    try:
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading as apply_again
+    except ImportError:  # an older or newer diffusers, whose groups we cannot renew
+        return
+    apply_again(model)

@@ -16,6 +16,7 @@ Source: LinFusion: 1 GPU, 1 Minute, 16K Image (arXiv 2409.02097). Checkpoints of
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
 
@@ -28,7 +29,16 @@ from torch import nn
 import linattn
 from linattn.ops.linear_attention import FEATURE_MAPS
 
-from ._mount import Mount, base_layer, find_unet, is_fused
+from ._mount import (
+    Mount,
+    base_layer,
+    find_unet,
+    is_offloaded,
+    subtract_fused,
+    weights_present,
+    why_fused_stays,
+    wrappers,
+)
 
 # The layers that keep diffusers' names, so that whatever addresses them by name (LoRA above all) finds them.
 SLOTS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -58,6 +68,17 @@ KNOWN_REPOSITORIES = {
     "stabilityai/sdxl-turbo": "sdxl",
     "diffusers/sdxl-instructpix2pix-768": "sdxl",
 }
+
+
+# Ways of diffusers to compute the same softmax attention.
+STOCK_PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+)
 
 
 class LinearAttnProcessor:
@@ -136,6 +157,13 @@ class LinearAttention(Attention):
                 stacklevel=2,
             )
 
+    def __setattr__(self, name, value) -> None:
+        # Some pipelines (perturbed attention guidance) assign the attribute instead of calling set_processor.
+        if name == "processor" and not isinstance(value, LinearAttnProcessor):
+            self.set_processor(value)
+        else:
+            super().__setattr__(name, value)
+
     def fuse_projections(self, fuse: bool = True) -> None:
         if fuse:
             warnings.warn(
@@ -197,6 +225,12 @@ class LinFusion(ModelMixin, ConfigMixin):
                 weights use None for SD 1.5 and 2.1 and 16 for SDXL.)
         """
         modules = _self_attentions(find_unet(pipeline_or_unet))
+        widths = sorted({attention.query_dim for attention in modules.values()})
+        if mid_dim_scale is not None and not 1 <= mid_dim_scale <= widths[0]:
+            raise ValueError(
+                f"mid_dim_scale must be from 1 to {widths[0]}, the channels of the narrowest self-attention, "
+                f"got {mid_dim_scale}"
+            )
         return {
             "modules_list": [
                 {
@@ -224,6 +258,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         pretrained_model_name_or_path=None,
         load_pretrained: bool = True,
         pipe_name_path: str | None = None,
+        mid_dim_scale: int | None = None,
         **load_options,
     ) -> LinFusion:
         """Build (or load) the LinFusion that fits a UNet, and mount it.
@@ -236,6 +271,8 @@ class LinFusion(ModelMixin, ConfigMixin):
                 loaded from (or `pipe_name_path`), else by its architecture. False loads nothing: base weights are
                 copied from the UNet and the new branches start as zero.
             pipe_name_path: the repository whose weights these are, where the pipeline does not know it.
+            mid_dim_scale: where nothing is loaded, the width of the branches, as in `get_default_config`; weights that
+                are loaded have theirs.
             load_options: passed to `from_pretrained` (subfolder, revision, variant, local_files_only, ...).
 
         Raises:
@@ -250,11 +287,13 @@ class LinFusion(ModelMixin, ConfigMixin):
         if path is None and load_pretrained:
             path = cls._published_for(pipeline, target, pipe_name_path)
         if path is not None:
+            if mid_dim_scale is not None:
+                raise TypeError(f"{mid_dim_scale=} belongs to load_pretrained=False: {path} has its own branch widths")
             linfusion = cls.from_pretrained(path, **{"torch_dtype": target.dtype, **load_options})
         else:
             if load_options:
                 raise TypeError(f"nothing is loaded, so {sorted(load_options)} have no meaning")
-            linfusion = cls(**cls.get_default_config(target))
+            linfusion = cls(**cls.get_default_config(target, mid_dim_scale))
             linfusion.copy_base_weights(target)
         return linfusion.mount_to(target)
 
@@ -307,6 +346,10 @@ class LinFusion(ModelMixin, ConfigMixin):
                 f"LoRA (or another peft) layers are attached at {_some(wrapped)}: unmount() first (they stay with the "
                 "UNet), then save"
             )
+        if is_offloaded(self):
+            raise ValueError(
+                "the weights are offloaded by accelerate and not in the modules: unmount() first, then save"
+            )
         super().save_pretrained(save_directory, **kwargs)
 
     def copy_base_weights(self, pipeline_or_unet) -> LinFusion:
@@ -314,13 +357,22 @@ class LinFusion(ModelMixin, ConfigMixin):
         unet = find_unet(pipeline_or_unet)
         self._check_fit(unet)
         for name, module in self.modules_dict.items():
-            module.copy_base_weights(unet.get_submodule(name))
+            attention = unet.get_submodule(name)
+            with contextlib.ExitStack() as stack:
+                for slot in SLOTS:
+                    stack.enter_context(weights_present(base_layer(attention.get_submodule(slot))))
+                module.copy_base_weights(attention)
+            with torch.no_grad():
+                for slot in SLOTS:
+                    subtract_fused(attention.get_submodule(slot), module.get_submodule(slot))
         return self
 
     def mount_to(self, pipeline_or_unet) -> LinFusion:
         """Put the modules in place of the UNet's, after moving them to its device and dtype.
 
-        Plugins keep working: LoRA layers on the replaced modules move over to the new ones (and back on unmount).
+        Plugins keep working: LoRA layers on the replaced modules move over to the new ones (and back on unmount), fused
+        or not, and the new modules are offloaded and stored as the old ones were. An attention processor that somebody
+        has set on a replaced module does nothing while it is away; a warning names it.
 
         Raises:
             ValueError: a module is missing in the UNet, has another shape, or does something linear attention cannot;
@@ -332,10 +384,9 @@ class LinFusion(ModelMixin, ConfigMixin):
         unet = find_unet(pipeline_or_unet)
         _refuse_mounted(unet)
         self._check_fit(unet)
-        # Not self.to: diffusers' own warns about modules kept in float32 on every call, even where there are none.
-        nn.Module.to(self, device=unet.device, dtype=unet.dtype)
         self.train(unet.training)
         self._mount = Mount(unet, self.modules_dict, SLOTS)
+        _warn_of_processors(self._mount.originals)
         return self
 
     def unmount(self) -> LinFusion:
@@ -343,13 +394,14 @@ class LinFusion(ModelMixin, ConfigMixin):
 
         Raises:
             RuntimeError: not mounted, or something else was put in the place of the mounted modules since.
+            ValueError: something is fused into the weights that cannot be taken out of them again.
         """
         if self._mount is None:
             raise RuntimeError("this LinFusion is not mounted on a UNet")
         foreign = self._mount.foreign()
         if foreign:
             raise RuntimeError(f"the UNet no longer holds LinFusion's modules at {_some(foreign)}; nothing was changed")
-        _refuse_fused(self.modules_dict, "unmount")
+        _refuse_fused(self.modules_dict, self._mount.originals, "unmount")
         self._mount.undo()
         self._mount = None
         return self
@@ -370,7 +422,7 @@ class LinFusion(ModelMixin, ConfigMixin):
                 problems.append(f"{name}: {reason}")
         if problems:
             raise ValueError(f"LinFusion does not fit this UNet ({len(problems)} modules): {_some(problems, '; ')}")
-        _refuse_fused(found, "mount")
+        _refuse_fused(found, found, "mount")
 
 
 def _branch(dim: int, mid_dim: int | None) -> nn.Module:
@@ -459,17 +511,39 @@ def _refuse_mounted(unet: nn.Module) -> None:
         raise RuntimeError(f"a LinFusion is mounted on this UNet already ({name} is linear): unmount() it first")
 
 
-def _refuse_fused(modules: dict[str, nn.Module], action: str) -> None:
-    fused = [f"{name}.{slot}" for name, m in modules.items() for slot in SLOTS if is_fused(m.get_submodule(slot))]
-    if fused:
+def _refuse_fused(sources: dict[str, nn.Module], targets: dict[str, nn.Module], action: str) -> None:
+    """Raise where a LoRA is fused into a layer of `sources` and cannot move to the same layer of `targets`."""
+    stuck = []
+    for name, module in sources.items():
+        for slot in SLOTS:
+            reason = why_fused_stays(module.get_submodule(slot), targets[name].get_submodule(slot))
+            if reason:
+                stuck.append(f"{name}.{slot}: {reason}")
+    if stuck:
         raise ValueError(
-            f"cannot {action} while a LoRA is fused into {_some(fused)}: unfuse_lora() first, {action}, then fuse again"
+            f"cannot {action} while a LoRA is fused into {_some(stuck, '; ')}. unfuse_lora() first, {action}, "
+            "then fuse again"
         )
 
 
+def _warn_of_processors(originals: dict[str, nn.Module]) -> None:
+    foreign = {name: type(m.processor).__name__ for name, m in originals.items() if not _is_stock(m.processor)}
+    if foreign:
+        warnings.warn(
+            f"LinFusion sets aside the attention processors {', '.join(sorted(set(foreign.values())))} of "
+            f"{_some(foreign)}: they do nothing until unmount()",
+            stacklevel=3,
+        )
+
+
+def _is_stock(processor) -> bool:
+    """Whether this processor computes plain softmax attention, so that nothing is lost with it."""
+    kind = type(processor)
+    return kind.__module__ == Attention.__module__ and kind.__name__ in STOCK_PROCESSORS
+
+
 def _is_wrapped(module: nn.Module, slot: str) -> bool:
-    layer = module.get_submodule(slot)
-    return base_layer(layer) is not layer
+    return bool(wrappers(module.get_submodule(slot)))
 
 
 def _some(items, separator: str = ", ") -> str:

@@ -966,23 +966,102 @@ def test_lora_unloaded_while_mounted_is_gone_after_unmounting():
     assert torch.equal(run_small(unet), run_small(plain))
 
 
-def test_fused_lora_and_saving_with_a_lora_are_refused(tmp_path):
+def test_fused_lora_goes_with_the_unet_both_ways_to_the_last_bit():
+    unet, plain = small_unet(), small_unet()
+    add_lora(unet)
+    unet.fuse_lora()
+    before, image = trace(unet), run_small(unet)
+    weights = copy.deepcopy(unet.state_dict())
+    linfusion = LinFusion.construct_for(unet, load_pretrained=False)
+    LinFusion.construct_for(plain, load_pretrained=False)
+    add_lora(plain)
+    plain.fuse_lora()
+    # Taken out of the projections that were copied, then merged again: one rounding of the weights each.
+    assert relative_error(run_small(unet), run_small(plain)) < UNET_FLOAT32
+    linfusion.unmount()
+    assert trace(unet) == before and torch.equal(run_small(unet), image)
+    assert all(torch.equal(value, weights[key]) for key, value in unet.state_dict().items())
+
+
+def test_fused_lora_leaves_weights_that_are_saved_without_it(saved):
     unet = small_unet()
     add_lora(unet)
     unet.fuse_lora()
-    before = trace(unet)
-    with pytest.raises(ValueError, match=f"cannot mount while a LoRA is fused into {FIRST}.to_q"):
-        LinFusion.construct_for(unet, load_pretrained=False)
-    assert trace(unet) == before
-    unet.unfuse_lora()
+    linfusion = LinFusion.construct_for(unet, pretrained_model_name_or_path=saved).unmount()
+    written = load_file(saved / "diffusion_pytorch_model.safetensors")
+    for key, value in linfusion.state_dict().items():
+        torch.testing.assert_close(value, written[key], rtol=0, atol=2 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("unload", [False, True], ids=["kept", "unloaded"])
+def test_lora_unfused_while_mounted_is_out_of_the_originals_too(unload):
+    unet, plain = small_unet(), small_unet()
+    add_lora(unet)
+    unet.fuse_lora()
     linfusion = LinFusion.construct_for(unet, load_pretrained=False)
-    with pytest.raises(ValueError, match=r"attached at 0\.to_q"):
-        linfusion.save_pretrained(tmp_path)
+    unet.unfuse_lora()
+    # What happens to the LoRA afterwards must not matter to the weights it was fused into before.
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(3)
+    unet.unload_lora() if unload else unet.disable_adapters()
+    linfusion.unmount()
+    assert relative_error(run_small(unet), run_small(plain)) < UNET_FLOAT32
+
+
+def test_lora_changed_and_fused_anew_while_mounted_is_fused_into_the_originals():
+    unet, plain = small_unet(), small_unet()
+    add_lora(unet)
+    unet.fuse_lora()
+    linfusion = LinFusion.construct_for(unet, load_pretrained=False)
+    add_lora(plain)
+    for model in (unet, plain):
+        model.unfuse_lora() if model is unet else None
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", 0.25)
+        model.fuse_lora()
+    linfusion.unmount()
+    assert relative_error(run_small(unet), run_small(plain)) < UNET_FLOAT32
+
+
+def test_lora_fused_and_unloaded_while_mounted_stays_where_it_was_fused():
+    unet, fused = small_unet(), small_unet()
+    for model in (unet, fused):
+        add_lora(model)
+        model.fuse_lora()
+    linfusion = LinFusion.construct_for(unet, load_pretrained=False)
+    unet.unload_lora()
+    linfusion.unmount()
+    fused.unload_lora()
+    assert torch.equal(run_small(unet), run_small(fused))
+
+
+def test_fused_lora_that_cannot_be_taken_out_is_refused_by_name():
+    peft = pytest.importorskip("peft", reason='LoRA needs peft: pip install "linattn[diffusers]"')
+    unet = small_unet()
+    unet.add_adapter(peft.LoraConfig(r=2, use_dora=True, target_modules=["to_q"]))
+    linfusion = LinFusion.construct_for(unet, load_pretrained=False).unmount()
+    unet.fuse_lora()
+    before = trace(unet)
+    with pytest.raises(ValueError, match=f"cannot mount while a LoRA is fused into {FIRST}.to_q: .*DoRA"):
+        linfusion.mount_to(unet)
+    assert trace(unet) == before and not linfusion.mounted
+    unet.unfuse_lora()
+    linfusion.mount_to(unet)
     unet.fuse_lora()
     with pytest.raises(ValueError, match="cannot unmount while a LoRA is fused"):
         linfusion.unmount()
     assert linfusion.mounted
-    unet.unfuse_lora()
+
+
+def test_lora_in_the_modules_is_not_saved_with_them(tmp_path):
+    unet = small_unet()
+    add_lora(unet)
+    linfusion = LinFusion.construct_for(unet, load_pretrained=False)
+    with pytest.raises(ValueError, match=r"attached at 0\.to_q"):
+        linfusion.save_pretrained(tmp_path)
     linfusion.unmount().save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == 17 * len(linfusion.modules_dict)
 
