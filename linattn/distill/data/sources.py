@@ -1,0 +1,437 @@
+"""Where pictures and captions come from. Every kind gives the same samples for the same pictures.
+
+All are random access, tars too: their members are looked up once, then read by position. That is what makes the data
+position of a resumed run exact, and nothing is unpacked to disk or unpickled.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import logging
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from PIL import Image
+
+from . import pictures
+from .pictures import Size
+
+if TYPE_CHECKING:
+    from ..recipe import Data
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+METADATA = "metadata.jsonl"
+_HEADER = 1 << 16  # bytes that hold the size of nearly every picture
+_log = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Something is wrong with the data of a recipe; the message names the file or sample and what was expected."""
+
+
+class Source(Protocol):
+    """Pictures with captions, numbered from 0. Picklable; opens its files when it reads, in whichever process."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Name of the sample, for messages and the cache; stays the same when the data set moves."""
+
+    def stamp(self, index: int) -> str:
+        """Changes when the file of the picture does, so that nothing stale is taken from a cache."""
+
+    def size(self, index: int) -> Size:
+        """(height, width) of the picture, upright; reads no more than the header of the file."""
+
+    def image(self, index: int) -> Image.Image:
+        """The picture, upright, in RGB."""
+
+    def caption(self, index: int) -> str:
+        """The text that belongs to the picture."""
+
+
+def open_source(data: Data) -> Source:
+    """The source that the `data` section of a recipe names.
+
+    `images`: every png, jpg, jpeg and webp below the folder, in the order of their paths. Captions stand in
+    `metadata.jsonl` (one object a line: `data.image_key`, by default "file_name", relative to the file, and
+    `data.caption_key`, by default "text"), in the folder or in those below; else in a text file beside the picture
+    (`a/b.png`, `a/b.txt`). Names that begin with a dot are passed over.
+
+    `webdataset`: members of a tar with the same name up to the first dot are one sample. `data.image_key` is the rest
+    of the name of the picture's member ("jpg", "left.png"), by default the only one that is an image. The caption is
+    the member "txt", else the key "caption" of the member "json"; `data.caption_key` names another text member
+    ("blip.txt") or another key of "json". Samples without an image are passed over, with a warning that counts them.
+
+    `datasets`: what `Dataset.save_to_disk` wrote; `data.split` if it holds several. `data.image_key` is the column of
+    pictures, by default "image"; `data.caption_key` that of captions, by default "text" or "caption".
+
+    Raises:
+        DataError: nothing there, a picture without a caption, an ambiguity that a key of the recipe would settle.
+    """
+    makers: dict[str, Callable[[Data], Source]] = {
+        "images": lambda data: ImageFolder(data.path, data.image_key, data.caption_key),
+        "webdataset": lambda data: TarShards(data.path, data.image_key, data.caption_key),
+        "datasets": lambda data: ArrowFolder(data.path, data.split, data.image_key, data.caption_key),
+    }
+    return makers[data.kind](data)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().rpartition(".")[2] in IMAGES
+
+
+def _decoded(decode: Callable, name: str):
+    """Call decode, and name the picture in whatever goes wrong."""
+    try:
+        return decode()
+    except DataError:
+        raise
+    except Exception as error:  # every decoder has errors of its own
+        raise DataError(f"{name}: expected a readable image, got {type(error).__name__}: {error}") from error
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: expected a caption in UTF-8, got {error}") from None
+
+
+def _json(content: str | bytes, name: str) -> dict:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{name}: expected JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _entry(entry: dict, key: str, name: str, option: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"{name}: expected text under {key!r} ({option}), got {value!r}; keys: {', '.join(entry)}")
+    return value
+
+
+class ImageFolder:
+    """A folder of image files, see :func:`open_source`."""
+
+    def __init__(self, path: str, image_key: str | None = None, caption_key: str | None = None):
+        self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            raise DataError(f"data.path: expected a folder of images, got {path!r}")
+        names = sorted(self._walk())
+        known = set(names)
+        self._listed: dict[str, str] = {}
+        tables = [name for name in names if PurePosixPath(name).name == METADATA]
+        for table in tables:
+            self._read_table(table, image_key or "file_name", caption_key or "text")
+        if not tables and (image_key or caption_key):
+            option = "data.image_key" if image_key else "data.caption_key"
+            raise DataError(f"{option}: names a key of {METADATA}; expected such a file below {path!r}, found none")
+        self._names = sorted({name for name in names if _is_image(name)} | set(self._listed))
+        if not self._names:
+            raise DataError(f"data.path: expected images ({', '.join(IMAGES)}) below {path!r}, found none")
+        bare = [n for n in self._names if n not in self._listed and _beside(n) not in known]
+        if bare:
+            raise DataError(
+                f"{self.root / bare[0]}: expected a caption in {_beside(bare[0])!r} or {METADATA}, found none "
+                f"({len(bare)} of {len(self._names)} images have none)"
+            )
+
+    def _walk(self) -> Iterable[str]:
+        seen = set()
+        for folder, children, files in os.walk(self.root, followlinks=True):
+            real = os.path.realpath(folder)
+            children[:] = sorted(child for child in children if not child.startswith(".") and real not in seen)
+            if real not in seen:  # a link may lead to a folder above itself
+                seen.add(real)
+                relative = Path(folder).relative_to(self.root)
+                yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
+
+    def _read_table(self, table: str, image_key: str, caption_key: str) -> None:
+        path = self.root / table
+        for number, line in enumerate(_text(path.read_bytes(), str(path)).split("\n"), start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            entry = _json(line, where)
+            file = _entry(entry, image_key, where, "data.image_key")
+            name = Path(os.path.normpath(Path(table).parent / file)).as_posix()
+            if not (self.root / name).is_file():
+                raise DataError(f"{where}: expected an image file, and {str(self.root / name)!r} does not exist")
+            if name in self._listed:
+                raise DataError(f"{where}: expected every image once, got {file!r} again")
+            self._listed[name] = _entry(entry, caption_key, where, "data.caption_key").strip()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, index: int) -> str:
+        return self._names[index]
+
+    def stamp(self, index: int) -> str:
+        return _file_stamp(self.root / self._names[index])
+
+    def size(self, index: int) -> Size:
+        path = self.root / self._names[index]
+        return _decoded(lambda: pictures.decode_size(path), str(path))
+
+    def image(self, index: int) -> Image.Image:
+        path = self.root / self._names[index]
+        return _decoded(lambda: pictures.decode(path), str(path))
+
+    def caption(self, index: int) -> str:
+        name = self._names[index]
+        if name in self._listed:
+            return self._listed[name]
+        path = self.root / _beside(name)
+        return _text(path.read_bytes(), str(path))
+
+
+def _beside(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(".txt"))
+
+
+def _file_stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+class _Member(NamedTuple):
+    """Where the bytes of a tar member lie in its file."""
+
+    offset: int
+    size: int
+
+
+class _Sample(NamedTuple):
+    shard: int
+    name: str
+    image: _Member
+    caption: _Member
+    caption_key: str | None  # None: the member is the text; else JSON that holds it under this key
+
+
+class TarShards:
+    """Local tars in the layout of webdataset, see :func:`open_source`."""
+
+    def __init__(self, path: str | Iterable[str], image_key: str | None = None, caption_key: str | None = None):
+        self._image_key, self._caption_key = image_key, caption_key
+        self._shards = _find_shards(path)
+        self._samples: list[_Sample] = []
+        passed_over: Counter[str] = Counter()
+        for number, shard in enumerate(self._shards):
+            for name, members in _group(shard).items():
+                sample = self._sample(number, name, members)
+                if sample is not None:
+                    self._samples.append(sample)
+                else:
+                    passed_over[", ".join(sorted(members))] += 1
+        summary = "; ".join(f"{count} of {kind}" for kind, count in passed_over.most_common(3))
+        if not self._samples:
+            raise DataError(
+                f"data.path: expected samples with an image ({', '.join(IMAGES)}) in {path!r}, found none"
+                + (f" (only {summary})" if summary else "")
+            )
+        if passed_over:
+            _log.warning("data.path: %d samples have no image and are passed over: %s", passed_over.total(), summary)
+
+    def _sample(self, shard: int, name: str, members: dict[str, _Member]) -> _Sample | None:
+        where = f"{self._shards[shard]}, sample {name!r}"
+        found = ", ".join(sorted(members))
+        images = [kind for kind in members if kind in IMAGES] or [kind for kind in members if _is_image(kind)]
+        if not images:
+            return None
+        if self._image_key is not None:
+            images = [self._image_key.lower()]
+            if images[0] not in members:
+                raise DataError(f"{where}: expected a member {images[0]!r} (data.image_key), found {found}")
+        if len(images) > 1:
+            raise DataError(f"{where}: expected one image, found {', '.join(images)}; data.image_key chooses")
+        caption, key = self._caption_key or "txt", None
+        if caption not in members and not f".{self._caption_key}".endswith(".txt"):
+            caption, key = "json", self._caption_key or "caption"
+        if caption not in members:
+            raise DataError(
+                f"{where}: expected a caption in a member 'txt' or 'json' (data.caption_key), found {found}"
+            )
+        return _Sample(shard, name, members[images[0]], members[caption], key)
+
+    def _read(self, sample: _Sample, member: _Member, most: int | None = None) -> bytes:
+        # Opened anew each time: an open file shared with forked workers would share its position too.
+        with open(self._shards[sample.shard], "rb") as file:
+            file.seek(member.offset)
+            wanted = member.size if most is None else min(most, member.size)
+            content = file.read(wanted)
+        if len(content) < wanted:
+            raise DataError(f"{self._name(sample)}: expected {wanted} bytes, and the tar ends after {len(content)}")
+        return content
+
+    def _name(self, sample: _Sample) -> str:
+        return f"{self._shards[sample.shard]}, sample {sample.name!r}"
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def key(self, index: int) -> str:
+        sample = self._samples[index]
+        return f"{self._shards[sample.shard].name}/{sample.name}"
+
+    def stamp(self, index: int) -> str:
+        sample = self._samples[index]
+        return f"{_file_stamp(self._shards[sample.shard])}-{sample.image.offset}"
+
+    def size(self, index: int) -> Size:
+        sample = self._samples[index]
+        start = self._read(sample, sample.image, _HEADER)
+        whole = lambda: self._read(sample, sample.image)  # noqa: E731
+        return _decoded(lambda: pictures.decode_size_from(start, whole), self._name(sample))
+
+    def image(self, index: int) -> Image.Image:
+        sample = self._samples[index]
+        content = self._read(sample, sample.image)
+        return _decoded(lambda: pictures.decode(io.BytesIO(content)), self._name(sample))
+
+    def caption(self, index: int) -> str:
+        sample = self._samples[index]
+        content, name = self._read(sample, sample.caption), self._name(sample)
+        if sample.caption_key is None:
+            return _text(content, name)
+        return _entry(_json(_text(content, name), name), sample.caption_key, name, "data.caption_key").strip()
+
+
+def _find_shards(path: str | Iterable[str]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for one in [path] if isinstance(path, str) else path:
+        place = Path(one).expanduser()
+        if place.is_dir():
+            shards = sorted(shard for shard in place.rglob("*.tar") if not shard.name.startswith("."))
+        elif place.is_file():
+            shards = [place]
+        else:
+            shards = [Path(match) for match in sorted(glob.glob(str(place), recursive=True)) if Path(match).is_file()]
+        if not shards:
+            raise DataError(
+                f"data.path: expected a tar, a folder of .tar files or a glob of them, found none at {one!r}"
+            )
+        found.update(dict.fromkeys(shards))
+    return list(found)
+
+
+def _group(shard: Path) -> dict[str, dict[str, _Member]]:
+    """Sample name -> rest of the member's name in lower case -> where it lies, in the order of the tar."""
+    samples: dict[str, dict[str, _Member]] = {}
+    length = shard.stat().st_size
+    if length % tarfile.BLOCKSIZE:
+        raise DataError(
+            f"{shard}: expected an uncompressed tar that is whole (multiples of {tarfile.BLOCKSIZE} bytes), got {length}"
+        )
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, file = member.name.removeprefix("./").rpartition("/")
+                stem, dot, kind = file.partition(".")
+                if not (member.isreg() and stem and dot) or member.sparse is not None:
+                    continue  # folders, links, hidden files, files without a kind
+                if member.offset_data + member.size > length:
+                    raise DataError(f"{shard}: expected a whole tar, and it ends within {member.name!r}")
+                name, kind = f"{folder}/{stem}" if folder else stem, kind.lower()
+                if kind in samples.setdefault(name, {}):
+                    raise DataError(f"{shard}: expected every member once, got {member.name!r} again")
+                samples[name][kind] = _Member(member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise DataError(f"{shard}: expected an uncompressed tar that is whole, got {error}") from None
+    return samples
+
+
+class ArrowFolder:
+    """What `datasets.Dataset.save_to_disk` wrote, see :func:`open_source`."""
+
+    def __init__(
+        self, path: str, split: str | None = None, image_key: str | None = None, caption_key: str | None = None
+    ):
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError("data.kind: 'datasets' needs the package of that name: pip install datasets") from error
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise DataError(f"data.path: expected a folder written by Dataset.save_to_disk, got {path!r}")
+        try:
+            table = datasets.load_from_disk(str(root))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"data.path: expected a folder written by Dataset.save_to_disk, got {path!r}: {error}"
+            ) from None
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise DataError(f"data.split: expected one of {', '.join(table)}, got {split!r}")
+            table = table[split]
+        elif split is not None:
+            raise DataError(
+                f"data.split: expected null, since {path!r} holds one data set without splits; got {split!r}"
+            )
+        if not len(table):
+            raise DataError(f"data.path: expected samples in {path!r}, found none")
+        self.image_key = _column(table, "data.image_key", image_key, ["image"])
+        self.caption_key = _column(table, "data.caption_key", caption_key, ["text", "caption"])
+        self._fingerprint = getattr(table, "_fingerprint", "")
+        table = table.with_format(None)
+        images = table.select_columns([self.image_key])
+        if isinstance(images.features[self.image_key], datasets.Image):
+            images = images.cast_column(self.image_key, datasets.Image(decode=False))  # the file, not its pixels
+        self._root, self._images, self._captions = root, images, table.select_columns([self.caption_key])
+
+    def _file(self, index: int) -> io.BytesIO | Path:
+        """The encoded image."""
+        value = self._images[index][self.image_key]
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, str):
+            return self._root / value  # an absolute path stays what it is
+        if isinstance(value, (bytes, bytearray)):
+            return io.BytesIO(value)
+        raise DataError(
+            f"{self._name(index)}: expected an image in column {self.image_key!r}, got {type(value).__name__}"
+        )
+
+    def _name(self, index: int) -> str:
+        return f"{self._root}, row {index}"
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def key(self, index: int) -> str:
+        return f"row {index}"
+
+    def stamp(self, index: int) -> str:
+        return self._fingerprint
+
+    def size(self, index: int) -> Size:
+        return _decoded(lambda: pictures.decode_size(self._file(index)), self._name(index))
+
+    def image(self, index: int) -> Image.Image:
+        return _decoded(lambda: pictures.decode(self._file(index)), self._name(index))
+
+    def caption(self, index: int) -> str:
+        value = self._captions[index][self.caption_key]
+        if not isinstance(value, str):
+            raise DataError(f"{self._name(index)}: expected text in column {self.caption_key!r}, got {value!r}")
+        return value.strip()
+
+
+def _column(table, option: str, wanted: str | None, usual: list[str]) -> str:
+    present = [name for name in ([wanted] if wanted else usual) if name in table.column_names]
+    if len(present) != 1:
+        expected = repr(wanted) if wanted else " or ".join(map(repr, usual))
+        raise DataError(f"{option}: expected the column {expected}; the data set has {', '.join(table.column_names)}")
+    return present[0]
