@@ -214,7 +214,7 @@ if not BUILD_LIBRARIES and "editable_wheel" in sys.argv:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"linattn": ["bundled/**/*"]},
+    package_data={"linattn": ["bundled/**/*", "distill/recipes/*.yaml"]},
     ext_modules=[CMakeExtension()] if BUILD_LIBRARIES else [],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy, "dist_info": DistInfo, "bdist_wheel": Wheel},
 )

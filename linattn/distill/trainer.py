@@ -1,0 +1,612 @@
+"""One training loop for all objectives, on Hugging Face Accelerate.
+
+A recipe says what is trained, on what, and how; `Trainer(recipe, adapter_class).run()` does it. It runs in one process,
+or as one of many started by `accelerate launch`, with DDP, FSDP or DeepSpeed as that was configured.
+
+What a run computes is a function of the recipe alone: every random number belongs to the seed and to the running
+number of its sample (noise.py, data), and a checkpoint holds everything else. So a run that was killed at any moment
+and started again ends in the same weights, bit for bit, and a run on two processes sees the same samples with the same
+noise as one process that accumulates twice as many micro steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .._version import __version__
+from . import checkpoint, pipelines
+from .cache import Cache
+from .data import Order, captions, latent_key, loader, open_source, prepare_image, sample_rng, targets
+from .noise import draw
+from .objectives.attention import AttentionDistillation
+from .recipe import Recipe, RecipeError, expand, load
+from .student import Student
+
+TRAINABLE, AVERAGE = "trainable.safetensors", "ema.safetensors"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: What may differ between a run and its continuation: nothing that changes a number of it.
+FREE_TO_CHANGE = ("training.steps", "output", "data.workers", "data.cache.folder")
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop. It has: at a whole step, with a checkpoint.
+
+    Attributes:
+        signal: its number.
+        step: steps that are done.
+    """
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by signal {number} after step {step}")
+        self.signal, self.step = number, step
+
+
+class Trainer:
+    """A distillation run.
+
+    Args:
+        recipe: see `linattn.distill.recipe`.
+        adapter_class: what `recipe.student.adapter` names (see `Student` for what it must offer).
+        accelerator: an Accelerator; None makes one from the recipe and the environment of `accelerate launch`.
+        say: called with lines of text, on the main process.
+    """
+
+    def __init__(self, recipe: Recipe, adapter_class: type, *, accelerator=None, say: Callable[[str], None] = print):
+        recipe.check_paths()
+        self.recipe = recipe
+        self.folder = Path(expand(recipe.output.folder))
+        self.accelerator = accelerator or _accelerator(recipe, self.folder)
+        self._say = say
+        self._resume_from = self._find_checkpoint()
+
+        self.source = open_source(recipe.data)
+        self.order = Order.of(self.source, recipe.data, recipe.training.batch_size, recipe.training.seed)
+        self.models = pipelines.load(
+            recipe.model.pretrained, revision=recipe.model.revision, variant=recipe.model.variant
+        )
+        self.student = self._make_student(adapter_class)
+        self.objective = self._make_objective()
+        self.trainable = self.student.trainable()
+
+    # ---- putting it together -----------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            self._say(text)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether parameters live in pieces on several devices, in a form that is the launcher's business."""
+        return self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; None for a new run. Raises if the folder holds a run of another recipe."""
+        newest = checkpoint.latest(self.folder)
+        record = self.folder / "recipe.yaml"
+        if newest is None:
+            return None
+        before = load(record)
+        different = [key for key in _differences(before.model_dump(), self.recipe.model_dump()) if not _free(key)]
+        if different:
+            raise RecipeError(
+                str(self.folder),
+                [
+                    f"{key}: the run in output.folder has {_value(before, key)!r}, this recipe "
+                    f"{_value(self.recipe, key)!r}; choose another output.folder, or continue with the same value"
+                    for key in different
+                ],
+            )
+        return newest
+
+    def _make_student(self, adapter_class: type) -> Student:
+        wanted = self.recipe.student
+        share = self.recipe.training.share_frozen
+        if share and self._sharded:
+            raise RecipeError(
+                "recipe",
+                [
+                    "training.share_frozen: expected false or null with FSDP or DeepSpeed (they move parameters), got true"
+                ],
+            )
+        student = Student(
+            self.models.model,
+            adapter_class,
+            pretrained=wanted.pretrained,
+            options=wanted.options,
+            share=not self._sharded if share is None else share,
+        )
+        if wanted.train == "lora":
+            low_rank = wanted.lora
+            student.train_lora(
+                rank=low_rank.rank,
+                alpha=low_rank.alpha or low_rank.rank,
+                dropout=low_rank.dropout,
+                targets=low_rank.targets,
+                also_train=low_rank.also_train,
+                seed=self.recipe.training.seed,
+            )
+        else:
+            student.train_fully()
+        # The adapter starts from the teacher's float32 weights; only then is what stays frozen narrowed.
+        dtype = DTYPES[self.accelerator.mixed_precision]
+        self.models.place(self.accelerator.device, dtype)
+        pipelines.move(student.model, self.accelerator.device, dtype)
+        student.widen()
+        if self.recipe.training.gradient_checkpointing:
+            student.model.enable_gradient_checkpointing()
+        return student
+
+    def _make_objective(self) -> nn.Module:
+        wanted = self.recipe.objective
+        return AttentionDistillation(
+            self.models.denoiser(self.student.model),
+            self.models.denoiser(self.models.model),
+            self.models.schedule,
+            weights=wanted.weights.model_dump(),
+            features=wanted.features,
+        )
+
+    def plan(self) -> str:
+        """What `run` would do, in a few lines."""
+        training, world = self.recipe.training, self.accelerator.num_processes
+        per_step = training.batch_size * training.gradient_accumulation * world
+        count = sum(p.numel() for p in self.trainable.values())
+        total = sum(p.numel() for p in self.student.model.parameters())
+        lines = [
+            f"teacher    {self.recipe.model.pretrained} ({type(self.models.pipeline).__name__})",
+            f"student    {self.recipe.student.adapter}, {len(self.student.modules)} modules; trains {count:,} of "
+            f"{total:,} parameters ({self.recipe.student.train})",
+            f"data       {len(self.source):,} pictures, {self.recipe.data.kind} at {self.recipe.data.path}",
+            f"steps      {training.steps:,} of {per_step} samples ({training.batch_size} x "
+            f"{training.gradient_accumulation} micro steps x {world} processes), "
+            f"{training.steps * per_step / len(self.source):.2f} epochs",
+            f"device     {self.accelerator.device}, mixed precision: {self.accelerator.mixed_precision}",
+            f"output     {self.folder}",
+        ]
+        if self._resume_from is not None:
+            lines.append(f"continues  {self._resume_from.name}")
+        return "\n".join(lines)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the last step; returns the folder of the final weights, as users load them.
+
+        Raises:
+            Interrupted: SIGTERM or Ctrl-C came; a checkpoint was written.
+            FloatingPointError: a loss is not finite; the message names the step, and the last checkpoint is untouched.
+        """
+        training, output, accelerator = self.recipe.training, self.recipe.output, self.accelerator
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_partial(self.folder)
+            _write(self.folder / "recipe.yaml", self.recipe.to_yaml())
+        accelerator.wait_for_everyone()
+        text_cache, latent_cache = self._fill_caches()
+
+        objective, optimizer, schedule = self._prepare()
+        self._average = self._make_average()
+        state = checkpoint.read_state(self._resume_from) if self._resume_from else {"step": 0, "micro_batches": 0}
+        first, rest = divmod(state["micro_batches"], accelerator.num_processes)
+        if rest:
+            raise RecipeError(
+                str(self._resume_from),
+                [
+                    f"{state['micro_batches']} micro batches are done, which {accelerator.num_processes} processes "
+                    "cannot share; continue with as many processes as before"
+                ],
+            )
+        count = (training.steps - state["step"]) * training.gradient_accumulation
+        # Made before the random state is restored: a DataLoader draws from it when it starts.
+        batches = iter(
+            loader(
+                self.source,
+                self.order,
+                self.recipe.data,
+                first=first,
+                count=max(count, 0),
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                seed=training.seed,
+                text_cache=text_cache,
+                latent_cache=latent_cache,
+            )
+        )
+        if self._resume_from:
+            self._restore(self._resume_from, schedule, state)
+            self.say(f"continuing after step {state['step']}")
+        if output.log_with:
+            accelerator.init_trackers("distill", init_kwargs={"tensorboard": {"purge_step": state["step"] + 1}})
+
+        step, saved = state["step"], state["step"]
+        with _signals() as received, self._progress(step) as bar:
+            while step < training.steps:
+                losses = self._step(objective, optimizer, schedule, batches, step)
+                step += 1
+                bar.update()
+                bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
+                if output.log_with and (step % output.log_every == 0 or step == 1):
+                    values = {f"loss/{name}": value for name, value in losses.items()}
+                    accelerator.log(values | {"learning_rate": schedule.get_last_lr()[0]}, step=step)
+                stop = self._agreed(received)
+                if stop or step % output.checkpoint_every == 0 or step == training.steps:
+                    self._save(step, schedule)
+                    saved = step
+                if output.validation.prompts and (step % output.validation.every == 0 or step == training.steps):
+                    self._validate(step)
+                if stop and step < training.steps:
+                    raise Interrupted(stop, step)
+        if saved != step:
+            self._save(step, schedule)
+        final = self._export(self.folder / "final")
+        accelerator.end_training()
+        return final
+
+    def _step(self, objective, optimizer, schedule, batches: Iterator[dict], step: int) -> dict[str, float]:
+        """One optimizer step; the mean losses of its samples on all processes."""
+        training, accelerator = self.recipe.training, self.accelerator
+        parts: list[dict[str, torch.Tensor]] = []
+        for _ in range(training.gradient_accumulation):
+            inputs = self._encode(next(batches))
+            with accelerator.accumulate(objective):
+                losses = objective(**inputs)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients and training.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(list(self.trainable.values()), training.max_grad_norm)
+                mean = losses["loss"].detach()
+                if not torch.isfinite(mean):
+                    raise FloatingPointError(
+                        f"the loss is {mean.item()} in step {step + 1} (losses: "
+                        f"{ {name: value.item() for name, value in losses.items()} }); a lower learning rate, "
+                        "training.max_grad_norm or mixed_precision: bf16 (or no) may help"
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+            parts.append({name: value.detach().float() for name, value in losses.items()})
+        if not accelerator.optimizer_step_was_skipped:  # the loss scale of fp16 was too high: nothing has been learnt
+            schedule.step()
+            if self._average is not None:
+                self._average.step(self.trainable.values())
+        names = list(parts[0])
+        means = torch.stack([torch.stack([part[name] for part in parts]).mean() for name in names])
+        return dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+
+    def _encode(self, batch: dict) -> dict:
+        """A batch of the loader as the objective's arguments."""
+        device = self.accelerator.device
+        if "latent_mean" in batch:
+            mean, std = batch["latent_mean"].to(device), batch["latent_std"].to(device)
+        else:
+            mean, std = self.models.encode_image(batch["pixels"])
+        random = draw(
+            batch["number"].tolist(),
+            mean.shape[1:],
+            seed=self.recipe.training.seed,
+            num_timesteps=self.models.schedule.num_timesteps,
+        )
+        if "condition" in batch:
+            dtype = self.models.model.dtype
+            condition = {name: value.to(device, dtype) for name, value in batch["condition"].items()}
+        else:
+            condition = self.models.encode_text(batch["caption"])
+        condition |= self.models.encode_sizes(batch["original_size"], batch["crop"], batch["target_size"])
+        return {
+            "latents": self.models.latents(mean, std, random.posterior.to(device)),
+            "noise": random.noise.to(device),
+            "timesteps": random.timesteps.to(device),
+            "condition": condition,
+        }
+
+    def _prepare(self):
+        from diffusers.optimization import get_scheduler
+
+        training = self.recipe.training
+        optimizer = torch.optim.AdamW(
+            list(self.trainable.values()),
+            lr=training.learning_rate,
+            betas=training.betas,
+            eps=training.epsilon,
+            weight_decay=training.weight_decay,
+        )
+        # Stepped by us, once per optimizer step: Accelerate's wrapper would step it once per process.
+        schedule = get_scheduler(
+            training.lr_schedule,
+            optimizer=optimizer,
+            num_warmup_steps=training.warmup_steps,
+            num_training_steps=training.steps,
+        )
+        self.objective.train()
+        self.models.model.eval()
+        objective, optimizer = self.accelerator.prepare(self.objective, optimizer)
+        if not self._sharded:
+            self.accelerator.register_save_state_pre_hook(self._save_trainable)
+            self.accelerator.register_load_state_pre_hook(self._load_trainable)
+        return objective, optimizer, schedule
+
+    def _make_average(self):
+        from diffusers.training_utils import EMAModel
+
+        decay = self.recipe.training.ema_decay
+        if decay is None:
+            return None
+        if self._sharded:
+            raise RecipeError(
+                "recipe", ["training.ema_decay: expected null with FSDP or DeepSpeed (not supported yet)"]
+            )
+        return EMAModel(list(self.trainable.values()), decay=decay)
+
+    def _agreed(self, received: list[int]) -> int:
+        """The signal that came to any of the processes, 0 if none: all of them stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return received[0] if received else 0
+        flag = torch.tensor([float(received[0] if received else 0)], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max().item())
+
+    def _progress(self, done: int):
+        from tqdm.auto import tqdm
+
+        return tqdm(
+            total=self.recipe.training.steps,
+            initial=done,
+            desc="distilling",
+            unit="step",
+            smoothing=0.05,
+            disable=not self.accelerator.is_main_process,
+            file=sys.stderr,
+        )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, step: int, schedule) -> None:
+        training, accelerator = self.recipe.training, self.accelerator
+        target = checkpoint.path(self.folder, step)
+        is_main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
+        with checkpoint.whole(target, is_main=is_main, barrier=barrier) as folder:
+            accelerator.save_state(str(folder))
+            if is_main:
+                if self._average is not None:
+                    shadow = dict(zip(self.trainable, self._average.shadow_params, strict=True))
+                    _save_tensors(folder / AVERAGE, shadow)
+                if not self._sharded:
+                    self.student.save(folder / "adapter", self.models)
+                state = {
+                    "step": step,
+                    "micro_batches": step * training.gradient_accumulation * accelerator.num_processes,
+                    "samples": step * training.gradient_accumulation * accelerator.num_processes * training.batch_size,
+                    "lr_schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+                    "ema_steps": self._average.optimization_step if self._average is not None else 0,
+                    "versions": {"linattn": __version__, "torch": torch.__version__},
+                }
+                _write(folder / "state.json", checkpoint.as_json(state))
+        if is_main:
+            checkpoint.keep_newest(self.folder, self.recipe.output.keep_checkpoints)
+
+    def _restore(self, folder: Path, schedule, state: dict) -> None:
+        random_state = folder / f"random_states_{self.accelerator.process_index}.pkl"
+        if not random_state.is_file():
+            self.say(f"{random_state.name} is not in {folder}: dropout will draw other numbers than it would have")
+        self.accelerator.load_state(str(folder))
+        schedule.load_state_dict(state["lr_schedule"])
+        if self._average is not None:
+            shadow = load_file(folder / AVERAGE)
+            for (name, parameter), own in zip(self.trainable.items(), self._average.shadow_params, strict=True):
+                own.copy_(shadow[name].to(parameter))
+            self._average.optimization_step = state["ema_steps"]
+
+    def _save_trainable(self, models, weights, folder) -> None:
+        # In place of Accelerate's copy of the whole model, of which almost everything is frozen.
+        weights.clear()
+        if self.accelerator.is_main_process:
+            _save_tensors(Path(folder) / TRAINABLE, self.trainable)
+
+    def _load_trainable(self, models, folder) -> None:
+        models.clear()
+        stored = load_file(Path(folder) / TRAINABLE)
+        if stored.keys() != self.trainable.keys():
+            different = sorted(stored.keys() ^ self.trainable.keys())
+            raise ValueError(f"{folder} was written by another student: they differ in {', '.join(different[:3])} ...")
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(stored[name])
+
+    def _export(self, target: Path) -> Path:
+        """The result as users load it: of the moving average, if there is one."""
+        accelerator = self.accelerator
+        if self._sharded:
+            self._gather_sharded()
+        if accelerator.is_main_process:
+            with checkpoint.whole(target) as folder, self._averaged():
+                self.student.save(folder, self.models)
+        accelerator.wait_for_everyone()
+        return target
+
+    def _gather_sharded(self) -> None:
+        """Put the full weights of what is trained back into the student, on the main process."""
+        state = self.accelerator.get_state_dict(self.accelerator._models[-1])
+        if self.accelerator.is_main_process:
+            prefix = next(key for key in state if key.endswith(next(iter(self.trainable)))).removesuffix(
+                next(iter(self.trainable))
+            )
+            with torch.no_grad():
+                for name in self.trainable:
+                    self.trainable[name].data = state[prefix + name]
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        if self._average is None:
+            yield
+            return
+        parameters = list(self.trainable.values())
+        self._average.store(parameters)
+        self._average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._average.restore(parameters)
+
+    # ---- caches, validation ------------------------------------------------------------------------------------------
+
+    def _fill_caches(self) -> tuple[Cache | None, Cache | None]:
+        """Encode what is to be cached and is not yet; each process its share."""
+        wanted = self.recipe.data.cache
+        folder = Path(expand(wanted.folder)) if wanted.folder else self.folder / "cache"
+        pipeline, data = self.models.pipeline, self.recipe.data
+        text = latents = None
+        if wanted.text:
+            encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
+            text = Cache(folder / "text", {"weights": _digest(encoders)})
+            missing = text.missing(list(captions(self.source, data)))
+            for caption in self._share(missing, "encoding captions"):
+                text.put(caption, {name: value[0].cpu() for name, value in self.models.encode_text([caption]).items()})
+        if wanted.latents:
+            latents = Cache(folder / "latents", {"weights": _digest([pipeline.vae])})
+            keys = {latent_key(self.source, i, target, data): (i, target) for i, target in targets(self.source, data)}
+            for key in self._share(latents.missing(list(keys)), "encoding pictures"):
+                index, target = keys[key]
+                pixels, _ = prepare_image(
+                    self.source.image(index),
+                    target,
+                    resize=data.resize,
+                    interpolation=data.interpolation,
+                    rng=sample_rng(self.recipe.training.seed, index),
+                    random_crop=False,
+                    random_flip=False,
+                )
+                mean, std = self.models.encode_image(pixels[None])
+                latents.put(key, {"mean": mean[0].cpu(), "std": std[0].cpu()})
+        self.accelerator.wait_for_everyone()
+        return text, latents
+
+    def _share(self, items: list, what: str) -> Iterator:
+        from tqdm.auto import tqdm
+
+        own = items[self.accelerator.process_index :: self.accelerator.num_processes]
+        return iter(tqdm(own, desc=what, disable=not (self.accelerator.is_main_process and own), file=sys.stderr))
+
+    def _validate(self, step: int) -> None:
+        """Pictures of teacher (left) and student (right), one row per prompt, into `validation/` and the log."""
+        if self._sharded:
+            return
+        if self.accelerator.is_main_process:
+            wanted = self.recipe.output.validation
+            options = wanted.model_dump(exclude={"prompts", "every"}) | {"autocast": self.accelerator.autocast}
+            if not hasattr(self, "_teacher_pictures"):
+                self._teacher_pictures = self.models.draw(self.models.model, wanted.prompts, **options)
+            self.student.model.eval()
+            with self._averaged():
+                drawn = self.models.draw(self.student.model, wanted.prompts, **options)
+            self.objective.train()
+            sheet = _sheet([list(pair) for pair in zip(self._teacher_pictures, drawn, strict=True)])
+            target = self.folder / "validation" / f"step-{step:08d}.png"
+            target.parent.mkdir(exist_ok=True)
+            sheet.save(target)
+            if self.recipe.output.log_with:
+                import numpy
+
+                writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+                writer.add_image("teacher | student", numpy.asarray(sheet), step, dataformats="HWC")
+        self.accelerator.wait_for_everyone()
+
+
+def _accelerator(recipe: Recipe, folder: Path):
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    training = recipe.training
+    if recipe.output.log_with == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise ImportError(
+                "output.log_with: tensorboard is not installed: pip install 'linattn[train]', or set it to null"
+            ) from None
+    return Accelerator(
+        gradient_accumulation_steps=training.gradient_accumulation,
+        mixed_precision=training.mixed_precision,
+        log_with=recipe.output.log_with,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; a second one does what it always does."""
+    received: list[int] = []
+
+    def note(number, _frame):
+        received.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # not in the main thread, where Python does not allow it: then signals do what they always do
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _differences(a: object, b: object, prefix: str = "") -> Iterator[str]:
+    """Dotted keys at which two nested dictionaries differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys([*a, *b]):
+            yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif a != b:
+        yield prefix
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+
+
+def _value(recipe: Recipe, key: str) -> object:
+    value = recipe.model_dump()
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _digest(modules: list[nn.Module]) -> str:
+    """A fingerprint of weights: a cache made with others must not be found."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for name, value in module.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _save_tensors(file: Path, tensors) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = file.with_name(file.name + checkpoint.PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _sheet(rows: list[list]):
+    """Pictures side by side, in rows."""
+    from PIL import Image
+
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * width, y * height))
+    return sheet
