@@ -34,14 +34,11 @@ def buckets(resolution: int, step: int, max_aspect: float) -> list[Size]:
     Returns:
         (height, width), ascending.
     """
-
-    def nearest(length: float) -> int:
-        return step * max(1, round(length / step))
-
-    found = {(nearest(resolution), nearest(resolution))}
+    square = step * max(1, round(resolution / step))
+    found = {(square, square)}
     for side in range(step, int(resolution * max_aspect) + step, step):
-        other = nearest(resolution**2 / side)
-        if max(side, other) <= max_aspect * min(side, other):
+        other = step * round(resolution**2 / side / step)
+        if other and max(side, other) <= max_aspect * min(side, other):
             found |= {(side, other), (other, side)}
     return sorted(found)
 

@@ -333,7 +333,7 @@ def _group(shard: Path) -> dict[str, dict[str, _Member]]:
     length = shard.stat().st_size
     if length % tarfile.BLOCKSIZE:
         raise DataError(
-            f"{shard}: expected an uncompressed tar that is whole (multiples of {tarfile.BLOCKSIZE} bytes), got {length}"
+            f"{shard}: expected a whole, uncompressed tar (a multiple of {tarfile.BLOCKSIZE} bytes), got {length} bytes"
         )
     try:
         with tarfile.open(shard, "r:") as tar:
