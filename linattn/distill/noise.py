@@ -27,7 +27,7 @@ class NoiseSchedule(Protocol):
 
 
 class DiscreteSchedule:
-    r"""The variance-preserving schedule of Stable Diffusion, read from a diffusers scheduler's config.
+    r"""The variance-preserving schedule of Stable Diffusion, read from a diffusers scheduler.
 
         x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,      t = 0 .. num_timesteps - 1
         target: eps  (prediction_type "epsilon")   or   sqrt(abar_t) eps - sqrt(1 - abar_t) x_0  ("v_prediction")
@@ -36,15 +36,15 @@ class DiscreteSchedule:
     Distillation, section 4 (v). The arithmetic is that of diffusers' DDPMScheduler.
 
     Raises:
-        ValueError: another prediction type, or no betas in the config.
+        ValueError: another prediction type, or a scheduler without betas.
     """
 
-    def __init__(self, scheduler_config):
+    def __init__(self, scheduler):
         from diffusers import DDPMScheduler
 
-        config = dict(scheduler_config)
+        config = dict(scheduler.config)
         if "beta_schedule" not in config and "trained_betas" not in config:
-            raise ValueError(f"expected the config of a scheduler with betas, got {config.get('_class_name')!r}")
+            raise ValueError(f"expected a scheduler with betas, got a {type(scheduler).__name__}")
         self.prediction_type = config.get("prediction_type", "epsilon")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type must be epsilon or v_prediction, got {self.prediction_type!r}")

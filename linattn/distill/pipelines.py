@@ -38,7 +38,7 @@ class StableDiffusion:
         for part in (pipeline.components[name] for name in pipeline.components):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        self.schedule: NoiseSchedule = DiscreteSchedule(pipeline.scheduler.config)
+        self.schedule: NoiseSchedule = DiscreteSchedule(pipeline.scheduler)
 
     @property
     def model(self) -> nn.Module:
