@@ -146,6 +146,16 @@ class LinearAttention(Attention):
         self.to_q_ = _branch(query_dim, projection_mid_dim)
         self.to_k_ = _branch(query_dim, projection_mid_dim)
 
+    def attention_spec(self) -> dict:
+        """What `linattn.report` says of this layer."""
+        return {
+            "op": "linear_attention",
+            "adapter": "LinFusion",
+            "options": {"feature_map": self.feature_map, "eps": self.eps},
+            "mask": False,
+            "processor": LinearAttnProcessor,
+        }
+
     def set_processor(self, processor) -> None:
         # A softmax processor would run on weights trained for linear attention and give garbage without a word.
         if isinstance(processor, LinearAttnProcessor):

@@ -9,11 +9,16 @@ from ._version import __version__
 from .backend import use_backend
 from .ops.linear_attention import linear_attention, linear_attention_apply, linear_attention_state
 
+# The function shadows the module of its name, which loads nothing but torch. (Were it imported on first use, importing
+# anything from linattn.report would put the module in the function's place.)
+from .report import report
+
 __all__ = [
     "__version__",
     "linear_attention",
     "linear_attention_apply",
     "linear_attention_state",
     "reference",
+    "report",
     "use_backend",
 ]
