@@ -61,7 +61,7 @@ def _number(value: object) -> object:
 
 def _tuple(value: object) -> object:
     if isinstance(value, (list, tuple)):
-        return tuple(_number(part) for part in value)
+        return tuple(value)
     raise PydanticCustomError("list", "expected a list")
 
 
@@ -412,8 +412,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, Hashable):
+            if isinstance(key, Hashable):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"the key {key!r} stands twice in this mapping", key_node.start_mark
