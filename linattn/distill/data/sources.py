@@ -99,9 +99,9 @@ def _decoded(decode: Callable, name: str):
 
 def _text(content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8-sig").strip()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: expected a caption in UTF-8, got {error}") from None
+        raise DataError(f"{name}: expected text in UTF-8, got {error}") from None
 
 
 def _json(content: str | bytes, name: str) -> dict:
@@ -194,7 +194,7 @@ class ImageFolder:
         if name in self._listed:
             return self._listed[name]
         path = self.root / _beside(name)
-        return _text(path.read_bytes(), str(path))
+        return _text(path.read_bytes(), str(path)).strip()
 
 
 def _beside(name: str) -> str:
@@ -305,7 +305,7 @@ class TarShards:
         sample = self._samples[index]
         content, name = self._read(sample, sample.caption), self._name(sample)
         if sample.caption_key is None:
-            return _text(content, name)
+            return _text(content, name).strip()
         return _entry(_json(_text(content, name), name), sample.caption_key, name, "data.caption_key").strip()
 
 
@@ -368,10 +368,10 @@ class ArrowFolder:
             raise DataError(f"data.path: expected a folder written by Dataset.save_to_disk, got {path!r}")
         try:
             table = datasets.load_from_disk(str(root))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # one without rows fails in the depths of datasets
             raise DataError(
-                f"data.path: expected a folder written by Dataset.save_to_disk, got {path!r}: {error}"
-            ) from None
+                f"data.path: expected samples written by Dataset.save_to_disk, got {path!r}: {error}"
+            ) from error
         if isinstance(table, datasets.DatasetDict):
             if split not in table:
                 raise DataError(f"data.split: expected one of {', '.join(table)}, got {split!r}")
