@@ -8,7 +8,7 @@ def main() -> None:
     for name, family in families().items():
         print(f"  {name:<26}{family.title}")
     print("python -m benchmarks.gpu --out DIR     everything on a CUDA machine within nine minutes")
-    print("python -m benchmarks.tables [--check]  the tables of README.md from the recorded results")
+    print("python -m benchmarks.tables [--check]  the tables of README.md and docs/ from the recorded results")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _inputs(case: Case, device: torch.device, gradients: bool) -> list[torch.Ten
     return tensors
 
 
-def _sdpa_seconds(case: Case, device: torch.device, machine: Machine) -> float:
+def sdpa_seconds(case: Case, device: torch.device, machine: Machine) -> float:
     """A rough lower estimate of one call: two matrix products at torch.mm's rate; a backward takes 2.5 times that.
 
     torch's CPU kernel is no faster in 16 bits than in float32.
@@ -174,7 +174,7 @@ def _function(provider: str, case: Case, device: torch.device, machine: Machine 
     if provider == "compiled":
         return torch.compile(eager, fullgraph=True, dynamic=False)
     if provider == "sdpa":
-        expected = _sdpa_seconds(case, device, machine) if machine else 0.0
+        expected = sdpa_seconds(case, device, machine) if machine else 0.0
         if expected > limit:
             raise Skip(f"quadratic: one call would take {expected:.0f} s or more, the limit is {limit:g} s")
         return F.scaled_dot_product_attention
@@ -307,6 +307,7 @@ FAMILY = Family(
     work=work,
     figure=figure,
     memory_cases=memory_cases,
+    weight=2.0,
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The tables of README.md, generated: `python -m benchmarks.tables` writes them, `--check` fails where they are stale.
+"""The tables of README.md and docs/, generated: `python -m benchmarks.tables` writes them, `--check` tells stale ones.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`. What stands there comes from the module of that
 NAME in benchmarks/readme/ (underscores for hyphens), one file per table, found by looking: `render(results) -> str`.
+Documents in docs/ may hold tables that others write, the tests for instance: names that are not known here are left
+alone there, and are an error in README.md.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from .harness import record
 from .harness.environment import ROOT
 from .harness.runner import RESULTS
 
+_OPENED = re.compile(r"<!-- table: ([a-z0-9-]+) -->")
 _BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
 
 
@@ -51,38 +54,57 @@ def generators() -> dict:
     return {name.replace("_", "-"): importlib.import_module(f"{readme.__name__}.{name}") for name in sorted(names)}
 
 
-def filled(text: str, results: Results) -> str:
-    """`text` with every marked table generated anew. Raises KeyError for a name that no module has."""
+def filled(text: str, results: Results, *, root: str = "", foreign: bool = False) -> str:
+    """`text` with every marked table generated anew.
+
+    Args:
+        root: the way from the document's folder to the checkout, e.g. "../"; links of the tables start with it.
+        foreign: leave tables alone whose name no module has; otherwise they raise KeyError.
+    """
     known = generators()
-    opened = text.count("<!-- table: ")
-    if opened != len(_BLOCK.findall(text)):
-        raise ValueError(f"{opened} tables are opened, {len(_BLOCK.findall(text))} are well formed")
+    names = _OPENED.findall(text)
+    formed = [match[2] for match in _BLOCK.finditer(text)]
+    if len(names) != len(formed):
+        raise ValueError(f"{len(names)} tables are opened, {len(formed)} are well formed")
 
     def replacement(match: re.Match) -> str:
-        if match[2] not in known:
-            raise KeyError(f"there is no table {match[2]!r}; known: {', '.join(known)}")
-        return match[1] + known[match[2]].render(results).strip() + "\n" + match[4]
+        if match[2] in known:
+            made = known[match[2]].render(results).strip().replace("](benchmarks/", f"]({root}benchmarks/")
+            return match[1] + made + "\n" + match[4]
+        if foreign:
+            return match[0]
+        raise KeyError(f"there is no table {match[2]!r}; known: {', '.join(known)}")
 
     return _BLOCK.sub(replacement, text)
 
 
+def documents(root: Path = ROOT) -> list[Path]:
+    """README.md, and what of docs/ holds a table that is made here."""
+    known = set(generators())
+    docs = sorted((root / "docs").glob("*.md"))
+    return [root / "README.md", *(path for path in docs if known & set(_OPENED.findall(path.read_text())))]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is stale")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is stale")
+    parser.add_argument("--file", type=Path, help="this document only (default: README.md and docs/)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    text = args.file.read_text()
-    new = filled(text, load(args.results))
-    if new == text:
-        print(f"{args.file.name}: its tables are up to date")
-        return 0
-    if args.check:
-        print(f"{args.file.name} is stale: run python -m benchmarks.tables", file=sys.stderr)
-        return 1
-    args.file.write_text(new)
-    print(f"{args.file.name}: tables written")
-    return 0
+    results, stale = load(args.results), 0
+    for path in [args.file] if args.file else documents():
+        text = path.read_text()
+        in_docs = path.resolve().parent == ROOT / "docs"
+        new = filled(text, results, root="../" if in_docs else "", foreign=in_docs)
+        if new == text:
+            print(f"{path.name}: its tables are up to date")
+        elif args.check:
+            print(f"{path.name} is stale: run python -m benchmarks.tables", file=sys.stderr)
+            stale += 1
+        else:
+            path.write_text(new)
+            print(f"{path.name}: tables written")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

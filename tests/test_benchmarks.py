@@ -9,6 +9,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
 
 import benchmarks  # noqa: E402
-from benchmarks import gpu, linear_attention, tables  # noqa: E402
+from benchmarks import gpu, linear_attention, linfusion_module, tables  # noqa: E402
 from benchmarks.harness import correctness, measure, record, roofline, tuning  # noqa: E402
 from benchmarks.harness.family import Case  # noqa: E402
 
@@ -185,13 +187,14 @@ def test_ceilings_of_this_machine_are_positive_and_peaks_are_no_lower_than_matmu
 
 
 def test_families_are_found_without_a_list():
-    assert "linear_attention" in benchmarks.families()
+    assert {"linear_attention", "linfusion_module"} <= set(benchmarks.families())
 
 
 @pytest.mark.parametrize("level", ["smoke", "quick", "default", "full"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_no_case_is_listed_twice(device, level):
-    cases = linear_attention.cases(torch.device(device), level)
+@pytest.mark.parametrize("family", benchmarks.families())
+def test_no_case_is_listed_twice(family, device, level):
+    cases = benchmarks.families()[family].cases(torch.device(device), level)
     assert len(cases) == len(set(cases)) > 0
 
 
@@ -220,6 +223,177 @@ def test_a_quadratic_contender_is_left_out_with_its_reason():
     case = Case("large", 1, 1, 100_000, 100_000, 40, 40, "float32")
     with pytest.raises(measure.Skip, match=r"quadratic: one call would take 1600 s or more"):
         linear_attention.prepare("sdpa", case, CPU, machine, 2.0)
+
+
+# ---- the module family ------------------------------------------------------------------------------------------
+
+# Branches as wide as the channels (SD 1.5) and sixteen times narrower (SDXL).
+MODULES = [Case("SD1.5 0", 2, 2, 24, 24, 8, 8, "float32"), Case("SDXL 0", 2, 2, 24, 24, 16, 16, "float32")]
+BOTH = pytest.mark.parametrize("case", MODULES, ids=["wide", "narrow"])
+
+
+@pytest.mark.parametrize(("name", "config"), [
+    ("sd1.5", {"attention_head_dim": 8, "cross_attention_dim": 768}),
+    ("sd2.1", {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "sample_size": 96}),
+    ("sdxl", {
+        "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "sample_size": 128,
+        "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }),
+])  # fmt: skip
+def test_the_layers_are_those_of_the_unet(name, config):
+    """Heads, tokens and head dim of every self-attention, read off a run of the UNet without data."""
+    diffusers = pytest.importorskip("diffusers")
+    seen = []
+
+    def note(module, inputs, kwargs):
+        tokens = (inputs[0] if inputs else kwargs["hidden_states"]).shape[1]
+        seen.append((module.heads, tokens, module.inner_dim // module.heads))
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**{"sample_size": 64, **config})
+        for key, module in unet.named_modules():
+            if key.endswith(".attn1"):
+                module.register_forward_pre_hook(note, with_kwargs=True)
+        side = unet.config.sample_size
+        text = torch.empty(1, 7, config["cross_attention_dim"])
+        unet(torch.empty(1, 4, side, side), torch.empty(1), text)
+    listed = linfusion_module.UNETS[{"sd1.5": "SD1.5", "sd2.1": "SD2.1", "sdxl": "SDXL"}[name]]
+    assert listed.image == 8 * side
+    assert {layer[:3]: layer[3] for layer in listed.layers} == Counter(seen)
+
+
+def module_outputs(case, *providers):
+    for provider in providers:
+        contender = linfusion_module.prepare(provider, case, CPU, None, 1.0)
+        with contender.scope():
+            yield contender.call()
+
+
+@BOTH
+def test_original_and_ours_are_one_module(case):
+    pytest.importorskip("diffusers")
+    torch.testing.assert_close(*module_outputs(case, "linattn-cpu", "eager"))
+
+
+def test_the_compiled_contender_is_the_same_module():
+    pytest.importorskip("diffusers")
+    torch.testing.assert_close(*module_outputs(MODULES[1], "linattn-cpu-compiled", "eager"))
+
+
+@BOTH
+def test_the_modules_flops_are_those_that_torch_counts(case):
+    pytest.importorskip("diffusers")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import linattn.flops  # noqa: F401
+
+    x = torch.randn(case.B, case.N, case.H * case.D, requires_grad=True)
+    module = linfusion_module._module("linattn-cpu", case, CPU)
+    with FlopCounterMode(display=False) as counter:
+        out = module(x)
+        assert counter.get_total_flops() == linfusion_module.work(case)[1]
+        out.sum().backward()
+    assert counter.get_total_flops() == linfusion_module.work(replace(case, mode="forward+backward"))[1]
+
+
+def test_bytes_of_the_module_are_those_counted_by_hand():
+    case = replace(MODULES[1], dtype="bfloat16")  # 48 tokens, C = 32, r = 2
+    weights = 4 * 32 * 32 + 2 * (2 * 32 * 2)
+    assert linfusion_module.work(case)[0] == 2 * (2 * 48 * 32 + weights)
+    case = replace(case, mode="forward+backward")
+    assert linfusion_module.work(case)[0] == 2 * (5 * 48 * 32 + 3 * weights)
+
+
+@pytest.mark.parametrize("provider", ["sdpa", "eager", "linattn-cpu"])
+def test_a_training_step_gives_every_gradient(provider):
+    pytest.importorskip("diffusers")
+    contender = linfusion_module.prepare(provider, replace(MODULES[0], mode="forward+backward"), CPU, None, 1.0)
+    with contender.scope():
+        gradients = contender.call()
+    assert gradients[0].shape == (2, 24, 16)
+    assert len(gradients) == 1 + (5 if provider == "sdpa" else 17)
+    assert all(g.isfinite().all() and g.any() for g in gradients[1:])
+
+
+def test_larger_images_stay_below_their_limit_and_repeat_no_shape():
+    for level in ("default", "full"):
+        cases = [c for c in linfusion_module.cases(CPU, level) if c.mode == "forward"]
+        own = [f"{name} {unet.image}" for name, unet in linfusion_module.UNETS.items()]
+        larger = [4 * c.B * c.H * c.N**2 * c.D for c in cases if c.name not in own]
+        assert larger and max(larger) <= linfusion_module.MOST_FLOPS["cpu", level]
+        shapes = [(c.name.split()[0], c.H, c.N, c.D, c.dtype) for c in cases]
+        assert len(set(shapes)) == len(shapes)
+    for name, unet in linfusion_module.UNETS.items():
+        own = [(c.H, c.N, c.D) for c in cases if c.name == f"{name} {unet.image}" and c.dtype == "float32"]
+        assert own == [layer[:3] for layer in unet.layers], "the model's own size is complete, whatever it costs"
+
+
+def test_compiled_contenders_sit_out_what_would_only_cost_time():
+    left_out = linfusion_module.left_out
+    own, larger = (Case(name, 2, 8, 64, 64, 160, 160, "float32") for name in ("SD1.5 512", "SD1.5 1024"))
+    assert left_out("linattn-cpu-compiled", own, CPU, "default") is None
+    assert "--full" in left_out("linattn-cpu-compiled", larger, CPU, "default")
+    assert "--full" in left_out("sdpa-compiled", replace(own, mode="forward+backward"), CPU, "default")
+    assert left_out("linattn-cpu-compiled", larger, CPU, "full") is None
+    assert left_out("linattn-cpu", larger, CPU, "default") is None
+
+
+def test_contenders_that_are_left_out_are_recorded_with_their_reason(tmp_path):
+    from benchmarks.harness import runner
+
+    facts = dict.fromkeys(("device", "isa", "threads", "torch", "triton", "linattn", "commit", "date"), "")
+    recorder = record.Recorder(tmp_path / "a.csv")
+    runner.run_case(
+        *(linfusion_module.FAMILY, MODULES[0], ["sdpa", "sdpa-compiled"], CPU, None, None, recorder, facts),
+        seconds=0.1, limit=1.0, left_out={"sdpa": "no", "sdpa-compiled": "not now"},
+    )  # fmt: skip
+    assert [(row["provider"], row["skipped"]) for row in recorder.rows] == [
+        ("sdpa", "no"),
+        ("sdpa-compiled", "not now"),
+    ]
+
+
+def module_rows(tmp_path, ratios, **changes):
+    """A record of SD 1.5's layers of 1280 channels: {tokens: how many times faster than softmax, which takes 10 ms}."""
+    recorder = record.Recorder(tmp_path / "linfusion_module.csv")
+    common = {"family": "linfusion_module", "mode": "forward", "timing": "eager", "metric": "time", "unit": "ms"}
+    common |= {"B": 2, "H": 8, "D": 160, "E": 160, "dtype": "bfloat16", "layout": "BNHD", "device": "Some CPU"}
+    common |= {"isa": "avx2", "threads": 2, "torch": "2.13", "linattn": "0", "commit": "abc", "date": "2026-01-02"}
+    for tokens, ratio in ratios.items():
+        row = common | {"N": tokens, "M": tokens, "case": "SD1.5 512" if tokens < 1024 else "SD1.5 1024"} | changes
+        recorder.add(**row, provider="sdpa", p50=10.0)
+        recorder.add(**row, provider="linattn-cpu", p50=10.0 / ratio, over_sdpa=ratio, over_eager=1.25)
+    recorder.close()
+    return tables.Results({"cpu-x": record.read(tmp_path / "linfusion_module.csv")})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "sentence"),
+    [
+        # Twice as fast at twice the tokens, half as fast at half of them: the crossing lies between.
+        ({64: 0.25, 256: 0.5, 1024: 2.0}, "overtakes softmax at about N = 510 with 1280 channels"),
+        ({64: 0.5, 256: 2.0, 1024: 0.5, 4096: 2.0}, "overtakes softmax at about N = 2,000 with 1280 channels"),
+        ({256: 1.5, 1024: 4.0}, "is faster at every size measured with 1280 channels (N = 256 and up)"),
+        ({64: 0.5, 256: 0.9}, "is slower at every size measured with 1280 channels (up to N = 256)"),
+    ],
+    ids=["crosses", "the last crossing", "always", "never"],
+)
+def test_the_crossover_is_stated(tmp_path, ratios, sentence):
+    text = tables.generators()["linfusion-module"].render(module_rows(tmp_path, ratios))
+    assert f"- SD1.5, bfloat16: {sentence}." in text
+    assert "| SD1.5 512 | 256 | 8 x 160 | 1280 | bfloat16 | 10 | — | — |" in text
+
+
+def test_a_whole_unet_is_added_up_only_where_every_layer_was_measured(tmp_path):
+    render = tables.generators()["linfusion-module"].render
+    rows = []
+    for heads, tokens, dim, _ in linfusion_module.UNETS["SD1.5"].layers:
+        results = module_rows(tmp_path, {tokens: 4.0}, H=heads, D=dim, case="SD1.5 512")
+        rows += results.devices["cpu-x"]
+    assert "all 16 self-attention modules: 0.16 s -> 0.04 s, 4.0x" in render(tables.Results({"cpu-x": rows}))
+    assert "all 16" not in render(tables.Results({"cpu-x": rows[2:]}))
 
 
 # ---- the sweep that replaces the tests where there is no pytest ------------------------------------------------
@@ -352,6 +526,30 @@ def test_every_table_says_so_where_nothing_is_recorded(tmp_path):
         assert module.render(tables.Results({})), name
 
 
+def test_documents_keep_the_tables_of_others():
+    foreign = "<!-- table: linfusion-plugins -->\n| theirs |\n<!-- end table -->\n"
+    text = f"a\n{foreign}b\n<!-- table: support -->\nold\n<!-- end table -->\nc\n"
+    new = tables.filled(text, tables.Results({}), root="../", foreign=True)
+    assert new.startswith(f"a\n{foreign}b\n<!-- table: support -->\n|") and "old" not in new
+    with pytest.raises(ValueError, match="2 tables are opened, 1 are well formed"):
+        tables.filled(f"<!-- table: support -->\n{foreign}", tables.Results({}), foreign=True)
+
+
+def test_links_of_tables_in_docs_start_from_there(tmp_path):
+    results = module_rows(tmp_path, {256: 1.5})
+    text = "<!-- table: linfusion-module -->\n<!-- end table -->\n"
+    assert "](../benchmarks/results/cpu-x/)" in tables.filled(text, results, root="../")
+    assert "](benchmarks/results/cpu-x/)" in tables.filled(text, results)
+
+
+def test_documents_are_readme_and_what_holds_a_table_of_ours(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name, table in {"a.md": "support", "b.md": "linfusion-plugins"}.items():
+        (tmp_path / "docs" / name).write_text(f"<!-- table: {table} -->\n<!-- end table -->\n")
+    (tmp_path / "docs" / "c.md").write_text("no table\n")
+    assert tables.documents(tmp_path) == [tmp_path / "README.md", tmp_path / "docs" / "a.md"]
+
+
 def test_unknown_and_unclosed_tables_are_refused(tmp_path):
     with pytest.raises(KeyError, match="there is no table 'speed'"):
         tables.filled(readme(tmp_path, "speed").read_text(), tables.Results({}))
@@ -360,7 +558,7 @@ def test_unknown_and_unclosed_tables_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="no recorded results (an sdist has none)")
-def test_readme_is_what_the_results_say():
+def test_readme_and_docs_are_what_the_results_say():
     assert tables.main(["--check"]) == 0
 
 
@@ -370,7 +568,7 @@ def test_readme_is_what_the_results_say():
 def test_a_smoke_run_writes_rows_and_a_figure(tmp_path):
     done = run_module(
         "benchmarks.linear_attention", "--device", "cpu", "--smoke", "--providers", "eager", "sdpa", "linattn-cpu",
-        "--out", tmp_path,
+        "--out", tmp_path, "--budget", 200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = record.read(tmp_path / "linear_attention.csv")
@@ -385,6 +583,22 @@ def test_a_smoke_run_writes_rows_and_a_figure(tmp_path):
     assert (tmp_path / "linear_attention.png").stat().st_size > 5000
     policy = "freed memory is kept for reuse" if platform.libc_ver()[0] == "glibc" else "the C library's default"
     assert policy in done.stdout
+
+
+def test_a_smoke_run_of_the_module_family_writes_rows_and_a_figure(tmp_path):
+    pytest.importorskip("diffusers")
+    done = run_module(
+        "benchmarks.linfusion_module", "--device", "cpu", "--smoke", "--providers", "eager", "sdpa", "linattn-cpu",
+        "--out", tmp_path, "--budget", 200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = record.read(tmp_path / "linfusion_module.csv")
+    assert {(row["provider"], row["mode"], row["dtype"], row["skipped"]) for row in rows} == set(
+        itertools.product(
+            ("eager", "sdpa", "linattn-cpu"), ("forward", "forward+backward"), ("float32", "bfloat16"), ("",)
+        )
+    )
+    assert (tmp_path / "linfusion_module.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is measured on Linux only")

@@ -37,6 +37,10 @@ class Case:
         return f"{self.name}: {sizes} {self.mode}" + ("" if self.timing == "eager" else f" ({self.timing})")
 
 
+def _nobody(provider: str, case: Case, device: torch.device, level: str) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """A benchmark family.
@@ -47,6 +51,9 @@ class Family:
     Skip(reason), for instance where one call would take longer than limit_s.
     work(case) is (bytes that must move, floating-point operations).
     figure(rows, path) draws recorded rows; memory_cases(device) are those whose peak memory is measured as well.
+    left_out(provider, case, device, level) is the reason why a contender sits a case out at this level, or None.
+    weight: this family's share of the time when all of them run (benchmarks/gpu.py); sampling: of the seconds that a
+    level gives to each case.
     """
 
     name: str
@@ -57,3 +64,6 @@ class Family:
     work: Callable[[Case], tuple[float, float]]
     figure: Callable[[list[dict[str, str]], Path], None]
     memory_cases: Callable[[torch.device], list[tuple[str, Case]]]
+    left_out: Callable[[str, Case, torch.device, str], str | None] = _nobody
+    weight: float = 1.0
+    sampling: float = 1.0

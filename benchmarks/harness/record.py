@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 #: Contenders that others are compared with; a row's column over_<baseline> says how many times faster it was.
-BASELINES = ("eager", "compiled", "sdpa", "flex", "fbi_la")
+BASELINES = ("eager", "compiled", "sdpa", "sdpa-compiled", "flex", "fbi_la")
 
 COLUMNS = (
     *("family", "case", "provider", "mode", "timing", "metric", "unit"),

@@ -61,7 +61,7 @@ def main(family: Family, argv: list[str] | None = None) -> int:
     if args.threads or args.cpu_time:
         torch.set_num_threads(1 if args.cpu_time else args.threads)
     seconds, limit, budget = LEVELS[args.level]
-    seconds, limit, budget = args.seconds or seconds, args.limit or limit, args.budget or budget
+    seconds, limit, budget = args.seconds or seconds * family.sampling, args.limit or limit, args.budget or budget
     device = torch.device(args.device)
     began = time.perf_counter()
 
@@ -87,7 +87,13 @@ def main(family: Family, argv: list[str] | None = None) -> int:
             unstarted.append(case)
             continue
         chosen = [name for name in family.providers(device) if not args.providers or name in args.providers]
-        run_case(family, case, chosen, device, machine, canary, recorder, facts, seconds=seconds, limit=limit)
+        reasons = {name: why for name in chosen if (why := family.left_out(name, case, device, args.level))}
+        run_case(
+            *(family, case, chosen, device, machine, canary, recorder, facts),
+            seconds=seconds,
+            limit=limit,
+            left_out=reasons,
+        )
     quick = args.no_memory or args.only or args.level in ("smoke", "quick")
     for provider, case in [] if quick else family.memory_cases(device):
         if time.perf_counter() - began < budget:
@@ -139,7 +145,7 @@ def build(
                     took = time.perf_counter() - start
                 if took > limit:
                     raise Skip(f"one call took {took:.1f} s, the limit is {limit:g} s")
-                sampler = cpu_sampler(contender, _CLOCKS[case.timing])
+                sampler = cpu_sampler(contender, _CLOCKS[case.timing], once=took)
             samplers[provider] = sampler
         except Skip as reason:
             skipped[provider] = str(reason)
@@ -161,11 +167,14 @@ def run_case(
     *,
     seconds: float,
     limit: float,
+    left_out: dict[str, str],
 ) -> None:
-    """Measure one case and record a row per provider."""
+    """Measure one case and record a row per provider; `left_out` says why some are not even tried."""
     torch._dynamo.reset()
     columns = _columns(family, case, facts) | {"metric": "time", "unit": "ms"}
-    samplers, skipped = build(family, case, providers, device, machine, limit)
+    tried = [name for name in providers if name not in left_out]
+    samplers, skipped = build(family, case, tried, device, machine, limit)
+    skipped = left_out | skipped
     print(case, flush=True)
     if samplers:
         measured = interleave(samplers, canary, seconds=seconds)
@@ -173,7 +182,7 @@ def run_case(
             print("  " + _record_time(family, case, provider, measured, machine, recorder, columns), flush=True)
     for provider, reason in skipped.items():
         recorder.add(**columns, provider=provider, skipped=reason)
-        print(f"  {provider:<16}left out: {reason}", flush=True)
+        print(f"  {provider:<22}left out: {reason}", flush=True)
     samplers.clear()
     gc.collect()
     if device.type == "cuda":
@@ -210,7 +219,7 @@ def _record_time(
         peak_TFLOP_per_s=machine.peak[case.dtype] / 1e12,
     )
     p20, p50, p80 = (x * 1e3 for x in (statistics.p20, statistics.p50, statistics.p80))
-    text = f"{provider:<16}{p50:10.3f} ms  (20-80 %: {p20:.3f}..{p80:.3f})"
+    text = f"{provider:<22}{p50:10.3f} ms  (20-80 %: {p20:.3f}..{p80:.3f})"
     text += f"  {floor / statistics.p50:5.0%} of the floor  {moved / statistics.p50 / 1e9:7.1f} GB/s"
     text += "".join(f"  {ratio:.2f}x over {name}" for name, ratio in over.items() if ratio is not None)
     return text + (f"  [{dropped} of {rounds + dropped} rounds dropped]" if dropped else "")
@@ -225,7 +234,7 @@ def run_memory(
         peak = peak_in_subprocess(family.name, provider, case, device, limit)
     except Skip as reason:
         recorder.add(**columns, skipped=str(reason))
-        print(f"{case}\n  {provider:<16}peak memory: {reason}", flush=True)
+        print(f"{case}\n  {provider:<22}peak memory: {reason}", flush=True)
         return
     recorder.add(**columns, p50=peak / 2**20, best=peak / 2**20, rounds=1)
-    print(f"{case}\n  {provider:<16}peak memory beyond the inputs {peak / 2**20:.1f} MiB", flush=True)
+    print(f"{case}\n  {provider:<22}peak memory beyond the inputs {peak / 2**20:.1f} MiB", flush=True)

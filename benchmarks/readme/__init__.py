@@ -1,1 +1,1 @@
-"""The generated tables of README.md, one module each: `render(results)` returns Markdown."""
+"""The generated tables of README.md and docs/, one module each: `render(results)` returns Markdown."""
