@@ -213,7 +213,7 @@ def _hold_like(incoming: nn.Module, outgoing: nn.Module, model: nn.Module) -> No
     incoming.train(model.training)
     _release(incoming)
     # With layerwise casting on, weights rest in the storage dtype and are cast for each call.
-    incoming.to(device=_device(outgoing), dtype=None if _casting(incoming) else model.dtype)
+    incoming.to(device=_device(outgoing), dtype=None if _casting(incoming) else weight_dtype(model))
     casting = _casting(outgoing)
     if casting is not None and _casting(incoming) is None:
         from diffusers.hooks import apply_layerwise_casting
@@ -248,7 +248,17 @@ def _release(module: nn.Module) -> None:
 
 
 def _holding(module: nn.Module, model: nn.Module) -> tuple:
-    return _device(module), model.dtype, model.training, _offload(module) is None, _casting(module) is None
+    return _device(module), weight_dtype(model), model.training, _offload(module) is None, _casting(module) is None
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights; where layerwise casting is on, of those that are not stored in another."""
+    if _casting(model) is not None:
+        for child in model.modules():
+            own = next(child.parameters(recurse=False), None)
+            if own is not None and own.is_floating_point() and _casting_of(child) is None:
+                return own.dtype
+    return model.dtype
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -282,9 +292,12 @@ def _offload(module: nn.Module):
 
 def _casting(module: nn.Module):
     """The hook by which diffusers stores this module's weights in another dtype, if any."""
-    registries = (getattr(child, "_diffusers_hook", None) for child in module.modules())
-    hooks = (registry.get_hook("layerwise_casting") for registry in registries if registry is not None)
-    return next((hook for hook in hooks if hook is not None), None)
+    return next((hook for hook in map(_casting_of, module.modules()) if hook is not None), None)
+
+
+def _casting_of(layer: nn.Module):
+    registry = getattr(layer, "_diffusers_hook", None)
+    return registry.get_hook("layerwise_casting") if registry is not None else None
 
 
 def _apply_group_offloading_again(model: nn.Module) -> None:

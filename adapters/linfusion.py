@@ -17,6 +17,7 @@ Source: LinFusion: 1 GPU, 1 Minute, 16K Image (arXiv 2409.02097). Checkpoints of
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections import Counter
 
@@ -35,6 +36,7 @@ from ._mount import (
     find_unet,
     is_offloaded,
     subtract_fused,
+    weight_dtype,
     weights_present,
     why_fused_stays,
     wrappers,
@@ -75,10 +77,14 @@ STOCK_PROCESSORS = (
     "AttnProcessor",
     "AttnProcessor2_0",
     "AttnProcessorNPU",
+    "FusedAttnProcessor2_0",
     "SlicedAttnProcessor",
     "XFormersAttnProcessor",
     "XLAFlashAttnProcessor2_0",
 )
+
+# What says where a checkpoint is, among the arguments of from_pretrained.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class LinearAttnProcessor:
@@ -299,7 +305,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         if path is not None:
             if mid_dim_scale is not None:
                 raise TypeError(f"{mid_dim_scale=} belongs to load_pretrained=False: {path} has its own branch widths")
-            linfusion = cls.from_pretrained(path, **{"torch_dtype": target.dtype, **load_options})
+            linfusion = cls.from_pretrained(path, **{"torch_dtype": weight_dtype(target), **load_options})
         else:
             if load_options:
                 raise TypeError(f"nothing is loaded, so {sorted(load_options)} have no meaning")
@@ -329,18 +335,30 @@ class LinFusion(ModelMixin, ConfigMixin):
         """Load weights: diffusers' `from_pretrained`, safetensors only, straight in `torch_dtype`.
 
         Raises:
-            ValueError: the file holds pickles only, or keys are missing, unknown or of the wrong shape.
+            ValueError: keys are missing, unknown or of the wrong shape; the message names their module in the UNet.
+            OSError: there is no safetensors file (pickles are not read).
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("LinFusion loads safetensors only, got use_safetensors=False")
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            keys = re.findall(r"(?<![\w.])\d+\.to_(?:q|k|v|out|q_|k_)\.[\w.]*\w", str(error))
+            if not keys:
+                raise
+            where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+            modules = cls.load_config(pretrained_model_name_or_path, **where)["modules_list"]
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} do not have the shapes of their config.json: "
+                f"{_named(dict.fromkeys(keys), modules)}. {error}"
+            ) from error
         # diffusers leaves missing weights at random values, with a warning at most.
         wrong = {what: info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(what)}
         if wrong:
             raise ValueError(
                 f"the weights in {pretrained_model_name_or_path} do not match their config.json: "
-                + "; ".join(f"{what}: {_some(keys)}" for what, keys in wrong.items())
+                + "; ".join(f"{what}: {_named(keys, model.config.modules_list)}" for what, keys in wrong.items())
             )
         return (model, info) if wants_info else model
 
@@ -413,6 +431,11 @@ class LinFusion(ModelMixin, ConfigMixin):
             raise RuntimeError(f"the UNet no longer holds LinFusion's modules at {_some(foreign)}; nothing was changed")
         _refuse_fused(self.modules_dict, self._mount.originals, "unmount")
         self._mount.undo()
+        # fuse_qkv_projections keeps the processors it found, to put them back: ours must not go on the originals.
+        kept = getattr(self._mount.model, "original_attn_processors", None) or {}
+        for name, original in self._mount.originals.items():
+            if isinstance(kept.get(f"{name}.processor"), LinearAttnProcessor):
+                kept[f"{name}.processor"] = original.processor
         self._mount = None
         return self
 
@@ -433,6 +456,16 @@ class LinFusion(ModelMixin, ConfigMixin):
         if problems:
             raise ValueError(f"LinFusion does not fit this UNet ({len(problems)} modules): {_some(problems, '; ')}")
         _refuse_fused(found, found, "mount")
+
+
+def _named(keys, modules_list: list[dict]) -> str:
+    """Keys of a checkpoint, each with the module in the UNet that it belongs to."""
+    named = []
+    for key in keys:
+        index = str(key).partition(".")[0]
+        known = index.isdigit() and int(index) < len(modules_list)
+        named.append(f"{key} ({modules_list[int(index)]['module_name']})" if known else str(key))
+    return _some(named)
 
 
 def _branch(dim: int, mid_dim: int | None) -> nn.Module:
@@ -507,7 +540,6 @@ def _why_not(module: nn.Module, entry: dict) -> str | None:
         "residual_connection": module.residual_connection,
         "rescale_output_factor": module.rescale_output_factor != 1.0,
         "is_causal": getattr(module, "is_causal", False),
-        "fused_projections": module.fused_projections,
         "pre_only": module.pre_only,
         "dropout": module.dropout > 0,
     }

@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -509,16 +510,22 @@ def test_saved_weights_come_back(saved):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda w: w.pop("0.to_q_.3.bias"), "0.to_q_.3.bias"),
-        (lambda w: w.update({"0.to_q.bias": torch.zeros(16)}), "0.to_q.bias"),
-        (lambda w: w.update({"1.to_k.weight": torch.zeros(16, 8)}), "1.to_k.weight"),
+        (lambda w: w.pop("0.to_q_.3.bias"), f"0.to_q_.3.bias ({FIRST})"),
+        (lambda w: w.update({"0.to_q.bias": torch.zeros(16)}), f"0.to_q.bias ({FIRST})"),
+        (lambda w: w.update({"0.to_k.weight": torch.zeros(16, 8)}), f"0.to_k.weight ({FIRST})"),
+        (lambda w: w.update({"0.to_q_.0.weight": torch.zeros(4, 16)}), f"0.to_q_.0.weight ({FIRST})"),
+        (lambda w: w.update({"99.to_q.weight": torch.zeros(16, 16)}), "99.to_q.weight"),
     ],
-    ids=["missing", "unexpected", "wrong shape"],
+    ids=["missing", "unexpected", "wrong shape", "wrong width of a branch", "unknown module"],
 )
-def test_checkpoint_that_does_not_match_its_config_is_refused(saved, edit, message):
+def test_checkpoint_that_does_not_match_its_config_is_refused_with_the_name_of_the_module(saved, edit, message):
     edit_weights(saved, edit)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         LinFusion.from_pretrained(saved)
+    (saved.parent / "there").mkdir()
+    saved.rename(saved.parent / "there" / "weights")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LinFusion.from_pretrained(saved.parent / "there", subfolder="weights")
 
 
 def test_pickled_weights_are_refused(saved):
@@ -565,9 +572,21 @@ def test_without_weights_the_projections_are_those_of_the_unet(mid_dim_scale):
     expected = linattn.linear_attention(q, k, v, feature_map="elu1", eps=1e-4)
     expected = attention.to_out[0](expected.transpose(1, 2).flatten(2))
 
-    linfusion = LinFusion(**LinFusion.get_default_config(unet, mid_dim_scale)).copy_base_weights(unet).mount_to(unet)
+    linfusion = LinFusion.construct_for(unet=unet, load_pretrained=False, mid_dim_scale=mid_dim_scale)
+    widths = {module.to_q_[0].out_features for module in linfusion.modules_dict.values()}
+    assert widths == {channels // (mid_dim_scale or 1) for channels in (16, 32)}
     assert unet.get_submodule(FIRST) is linfusion.modules_dict[FIRST]
     assert torch.equal(unet.get_submodule(FIRST)(x), expected)
+
+
+def test_width_of_branches_that_cannot_be_or_are_given_by_the_weights_is_refused(saved):
+    unet = small_unet()
+    for scale in (0, -1, 17):
+        with pytest.raises(ValueError, match=f"mid_dim_scale must be from 1 to 16, .* got {scale}"):
+            LinFusion.construct_for(unet, load_pretrained=False, mid_dim_scale=scale)
+    with pytest.raises(TypeError, match="mid_dim_scale=4 belongs to load_pretrained=False"):
+        LinFusion.construct_for(unet, pretrained_model_name_or_path=saved, mid_dim_scale=4)
+    assert LinFusion.construct_for(unet, pretrained_model_name_or_path=saved).mounted
 
 
 def test_branches_that_start_at_zero_receive_gradients():
