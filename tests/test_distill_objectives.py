@@ -140,7 +140,7 @@ def test_recorded_outputs_are_those_of_the_named_modules_and_leave_no_hooks():
         expected = denoiser(data["latents"], data["timesteps"], data["condition"])
     names = [name for name, _ in unet.named_modules() if name.endswith("attn1")]
     assert set(outputs) == set(names) and len(names) == 7
-    assert list(outputs)[0].startswith("down_blocks.0") and list(outputs)[-1].startswith("up_blocks.2")
+    assert next(iter(outputs)).startswith("down_blocks.0") and list(outputs)[-1].startswith("up_blocks.2")
     assert not any(module._forward_hooks for module in unet.modules())
     assert torch.equal(denoiser(data["latents"], data["timesteps"], data["condition"]), expected)
     with pytest.raises(ValueError, match="no module whose name ends in attn9"), recorded_outputs(unet, ("attn9",)):

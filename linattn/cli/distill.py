@@ -54,10 +54,11 @@ def run(args: argparse.Namespace) -> int:
         trainer.say(trainer.plan())
         if args.dry_run:
             return 0
-        final = trainer.run()
-    except Interrupted as stop:
-        print(f"stopped after step {stop.step}; the same command goes on from there", file=sys.stderr)
-        return 128 + stop.signal
+        try:
+            final = trainer.run()
+        except Interrupted as stop:
+            print(f"stopped after step {stop.step}; the same command goes on from there", file=sys.stderr)
+            return 128 + stop.signal
     except ImportError as error:
         return _fail(f"{error}")
     except (ValueError, OSError, FloatingPointError) as error:

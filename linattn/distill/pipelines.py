@@ -116,9 +116,14 @@ class StableDiffusion:
             self.pipeline.register_modules(**{self.component: own})
         return pictures
 
-    def save_lora(self, folder, layers: dict[str, Tensor]) -> None:
-        """Write LoRA weights in the layout that `pipeline.load_lora_weights` reads."""
-        type(self.pipeline).save_lora_weights(folder, **{f"{self.component}_lora_layers": layers})
+    def save_lora(self, folder, layers: dict[str, Tensor], settings: dict) -> None:
+        """Write LoRA weights in the layout that `pipeline.load_lora_weights` reads.
+
+        Args:
+            settings: of the LoraConfig, kept in the file's metadata.
+        """
+        parts = {f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": settings}
+        type(self.pipeline).save_lora_weights(folder, **parts)
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -58,7 +58,7 @@ class Student:
         self._only(p for module in self.modules.values() for p in module.parameters())
 
     def train_lora(
-        self, *, rank: int, alpha: float, dropout: float, targets: Iterable[str], also_train: Iterable[str], seed: int
+        self, *, rank: int, alpha: float, dropout: float, targets: Iterable[str], also_train: Iterable[str]
     ) -> None:
         """Train low-rank updates of `targets`, and the children `also_train` in full.
 
@@ -77,17 +77,15 @@ class Student:
                 absent = [child for child in wanted if child not in children]
                 if absent:
                     raise ValueError(f"student.lora.{key}: {name} has no child {absent[0]!r}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model.add_adapter(
-                LoraConfig(
-                    r=rank,
-                    lora_alpha=alpha,
-                    lora_dropout=dropout,
-                    target_modules=[f"{name}.{target}" for name in self.modules for target in targets],
-                ),
-                ADAPTER_NAME,
-            )
+        self.model.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=[f"{name}.{target}" for name in self.modules for target in targets],
+            ),
+            ADAPTER_NAME,
+        )
         self.lora = True
         low_rank = [p for name, p in self.model.named_parameters() if ".lora_" in name]
         in_full = [
@@ -115,7 +113,8 @@ class Student:
         The updates by themselves go to `folder`/lora as well, for `load_lora_weights` on top of the same adapter.
         The student is not changed: un-merging would not give back the same bits.
         """
-        plain = self.adapter.from_config(self.adapter.config)
+        with torch.random.fork_rng(devices=[]):  # saving draws nothing from the run's random numbers
+            plain = self.adapter.from_config(self.adapter.config)
         with torch.no_grad():
             for own, module in zip(plain.modules_dict.values(), self.modules.values(), strict=True):
                 own.load_state_dict({key: value.detach().cpu() for key, value in merged_state_dict(module).items()})
@@ -125,7 +124,10 @@ class Student:
             from peft.utils import get_peft_model_state_dict
 
             layers = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME)
-            models.save_lora(Path(folder) / "lora", convert_state_dict_to_diffusers(layers))
+            # With its settings: without them a loader takes the rank for alpha.
+            settings = self.model.peft_config[ADAPTER_NAME].to_dict()
+            settings["target_modules"] = sorted(settings["target_modules"])
+            models.save_lora(Path(folder) / "lora", convert_state_dict_to_diffusers(layers), settings)
 
 
 def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:

@@ -108,6 +108,9 @@ class Trainer:
         return newest
 
     def _make_student(self, adapter_class: type) -> Student:
+        from accelerate.utils import set_seed
+
+        set_seed(self.recipe.training.seed)  # what starts at random starts the same in every process and every run
         wanted = self.recipe.student
         share = self.recipe.training.share_frozen
         if share and self._sharded:
@@ -132,7 +135,6 @@ class Trainer:
                 dropout=low_rank.dropout,
                 targets=low_rank.targets,
                 also_train=low_rank.also_train,
-                seed=self.recipe.training.seed,
             )
         else:
             student.train_fully()
@@ -185,7 +187,10 @@ class Trainer:
             Interrupted: SIGTERM or Ctrl-C came; a checkpoint was written.
             FloatingPointError: a loss is not finite; the message names the step, and the last checkpoint is untouched.
         """
+        from accelerate.utils import set_seed
+
         training, output, accelerator = self.recipe.training, self.recipe.output, self.accelerator
+        set_seed(training.seed, device_specific=True)  # for dropout; all else belongs to the samples
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_partial(self.folder)
@@ -382,7 +387,7 @@ class Trainer:
                     "step": step,
                     "micro_batches": step * training.gradient_accumulation * accelerator.num_processes,
                     "samples": step * training.gradient_accumulation * accelerator.num_processes * training.batch_size,
-                    "lr_schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+                    "lr_schedule": schedule.state_dict(),
                     "ema_steps": self._average.optimization_step if self._average is not None else 0,
                     "versions": {"linattn": __version__, "torch": torch.__version__},
                 }
