@@ -421,6 +421,17 @@ def test_overrides_take_the_place_of_what_the_file_says(tmp_path):
     assert made.data.split is None
 
 
+def test_wrong_overrides_and_a_wrong_file_are_told_at_once(tmp_path):
+    path = written(tmp_path, yaml.safe_dump(with_value("data.resolution", 3)))
+    with pytest.raises(RecipeError, match="3 problems") as caught:
+        recipe.load(path, ["training.steps=0", "data.path"])
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        "override 'data.path'",
+        "data.resolution",
+        "training.steps",
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -534,8 +545,11 @@ def test_paths_that_lead_nowhere_are_told_by_key_with_the_nearest(tmp_path, monk
     assert line.startswith("data.path: expected") and "got 'picturse'; did you mean 'pictures'?" in line
     (line,) = checked(data__path="pictures/of/cats")
     assert "'pictures/of' does not exist" in line
-    lines = checked(model__pretrained="./model", student__pretrained="/nowhere/student", output__folder="a_file")
-    assert [line.partition(":")[0] for line in lines] == ["model.pretrained", "student.pretrained", "output.folder"]
+    for nowhere in ("./model", "/nowhere/student", "runs/of/mine", "~/runs"):
+        lines = checked(model__pretrained=nowhere, student__pretrained=nowhere, output__folder="a_file")
+        assert [line.partition(":")[0] for line in lines] == ["model.pretrained", "student.pretrained", "output.folder"]
+    for may_be_on_the_hub in ("model", "owner/model"):
+        Recipe.parse(with_value("student.pretrained", may_be_on_the_hub)).check_paths()
     (line,) = checked(data__cache={"folder": "a_file"})
     assert line.startswith("data.cache.folder")
 

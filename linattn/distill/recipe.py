@@ -371,9 +371,13 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = []
     for override in overrides:
         problems += _override(content, override) if isinstance(content, dict) else []
+    try:
+        made = Recipe.parse(content, str(path))
+    except RecipeError as error:
+        raise RecipeError(str(path), [*problems, *error.problems]) from None
     if problems:
-        raise RecipeError("overrides", problems)
-    return Recipe.parse(content, str(path))
+        raise RecipeError(str(path), problems)
+    return made
 
 
 def expand(path: str) -> str:
@@ -446,7 +450,7 @@ def _override(content: dict, override: str) -> list[str]:
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
-        return [f"expected key=value, as in training.steps=3; got {override!r}"]
+        return [f"override {override!r}: expected key=value, as in training.steps=3"]
     try:
         value = _parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
