@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from PIL import Image
@@ -131,7 +131,7 @@ class ImageFolder:
         names = sorted(self._walk())
         known = set(names)
         self._listed: dict[str, str] = {}
-        tables = [name for name in names if PurePosixPath(name).name == METADATA]
+        tables = [name for name in names if name.rpartition("/")[2] == METADATA]
         for table in tables:
             self._read_table(table, image_key or "file_name", caption_key or "text")
         if not tables and (image_key or caption_key):
@@ -154,8 +154,9 @@ class ImageFolder:
             children[:] = sorted(child for child in children if not child.startswith(".") and real not in seen)
             if real not in seen:  # a link may lead to a folder above itself
                 seen.add(real)
-                relative = Path(folder).relative_to(self.root)
-                yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
+                relative = Path(folder).relative_to(self.root).as_posix()
+                prefix = "" if relative == "." else f"{relative}/"
+                yield from (prefix + name for name in files if not name.startswith("."))
 
     def _read_table(self, table: str, image_key: str, caption_key: str) -> None:
         path = self.root / table
@@ -198,7 +199,7 @@ class ImageFolder:
 
 
 def _beside(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(".txt"))
+    return f"{name.rpartition('.')[0]}.txt"
 
 
 def _file_stamp(path: Path) -> str:
