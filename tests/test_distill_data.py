@@ -584,10 +584,16 @@ def test_pictures_stand_upright_and_so_does_their_size(orientation, kind):
     assert (upright.size == (5, 9)) == (orientation >= 5)
 
 
-def test_a_broken_exif_block_does_not_cost_the_picture():
+def test_a_broken_exif_block_does_not_cost_the_picture(monkeypatch):
     content = encoded(Image.fromarray(noise((5, 9))), "jpg", exif=b"Exif\0\0nonsense" * 3)
-    assert decoded(content).size == (9, 5)
-    assert pictures.decode_size(io.BytesIO(content)) == (5, 9)
+
+    def fails(image):
+        raise SyntaxError("not a TIFF file")  # as Pillow says it or not, by its version
+
+    for broken in (Image.Image.getexif, fails):
+        monkeypatch.setattr(Image.Image, "getexif", broken)
+        assert decoded(content).size == (9, 5)
+        assert pictures.decode_size(io.BytesIO(content)) == (5, 9)
 
 
 def colour(image):
@@ -811,6 +817,11 @@ def test_the_buckets_of_sd_15():
     ]
 
 
+def test_the_largest_aspect_ratio_is_one_that_may_be():
+    assert (32, 128) in buckets(64, 16, 4.0)
+    assert (32, 128) not in buckets(64, 16, 3.99)
+
+
 def test_a_picture_goes_to_the_bucket_of_the_nearest_aspect_ratio():
     sizes = buckets(512, 64, 2.0)
     assert bucket_of((1000, 1000), sizes) == (512, 512)
@@ -951,7 +962,9 @@ def assert_equal_batches(ones, others):
     for one, other in zip(ones, others, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, dict):
+                assert_equal_batches([value], [other[name]])
+            elif isinstance(value, torch.Tensor):
                 assert torch.equal(value, other[name]), name
             else:
                 assert value == other[name], name
@@ -1004,6 +1017,15 @@ def test_processes_share_the_batches_of_one(folder, world):
 def test_workers_change_nothing(make, tmp_path):
     data = make(tmp_path).model_copy(update={"random_flip": True, "random_crop": True, "caption_drop": 0.3})
     assert_equal_batches(run(data, count=6), run(data.model_copy(update={"workers": 2}), count=6))
+
+
+def test_workers_that_are_spawned_can_be_sent_all_of_it(folder, tmp_path):
+    source = open_source(folder)
+    made = loader(
+        source, Order.of(source, folder, 2, 0), folder, first=0, count=3, text_cache=filled(tmp_path, folder)[0]
+    )
+    sent = pickle.loads(pickle.dumps(made.dataset))
+    assert_equal_batches([sent[k] for k in range(3)], list(made))
 
 
 def test_a_loader_leaves_the_random_numbers_of_the_run_alone(folder):

@@ -186,6 +186,7 @@ def test_every_key_refuses_a_value_of_the_wrong_kind_by_name(key):
         ("model.pretrained", "", ["not empty", "got ''"]),
         ("student.adapter", "linattn.adapters", ["'module:Class'", "got 'linattn.adapters'"]),
         ("student.options", [1], ["mapping", "got [1]"]),
+        ("student.options", {1: 2}, ["text as keys", "got 1"]),
         ("student.train", "lroa", ["'full' or 'lora'", "got 'lroa'"]),
         ("student.lora.targets", "to_q", ["a list", "got 'to_q'"]),
         ("student.lora.targets", [], ["at least one", "got []"]),

@@ -525,6 +525,8 @@ def _explain(detail: dict) -> list[str]:
         return [f"{'.'.join(filter(None, [key, inner]))}: {text}" for inner, text in conflicts]
     if kind in ("extra_forbidden", "invalid_key"):
         return [f"{key}: unknown key; {_suggest(parts, holder)}"]
+    if detail["loc"][-1:] == ("[key]",):
+        return [f"{'.'.join(_locate(detail['loc'][:-2])[0])}: expected text as keys, got {_show(value)}"]
     if kind == "missing" and not isinstance(detail["loc"][-1], int):
         return [f"{key}: required, and missing"]
     if kind in ("missing", "too_long", "too_short"):

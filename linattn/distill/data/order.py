@@ -44,9 +44,9 @@ def buckets(resolution: int, step: int, max_aspect: float) -> list[Size]:
 
 
 def bucket_of(size: Size, sizes: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest on a logarithmic scale; of equals the one with more pixels."""
+    """The bucket whose aspect ratio is nearest on a logarithmic scale; of equals the first in height."""
     aspect = math.log(size[0] / size[1])
-    return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), -s[0] * s[1], s))
+    return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
 
 
 def targets(source: Source, data: Data) -> Iterator[tuple[int, Size]]:

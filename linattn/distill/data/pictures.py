@@ -97,9 +97,9 @@ def place(size: Size, target: Size, *, resize: str, shift: tuple[float, float] =
         return Placement(target, (0, 0))
     (height, width), (wanted_height, wanted_width) = size, target
     if wanted_height * width >= wanted_width * height:  # the height needs the larger factor
-        resized = wanted_height, max(wanted_width, round(width * wanted_height / height))
+        resized = wanted_height, round(width * wanted_height / height)
     else:
-        resized = max(wanted_height, round(height * wanted_width / width)), wanted_width
+        resized = round(height * wanted_width / width), wanted_width
     spare = resized[0] - wanted_height, resized[1] - wanted_width
     return Placement(resized, (int(shift[0] * (spare[0] + 1)), int(shift[1] * (spare[1] + 1))))
 
