@@ -328,11 +328,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def train_together(folders, out, *overrides, world=2):
+def train_together(folders, out, *overrides, world=2, function=train):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     children = [
         in_child(
-            train,
+            function,
             folders,
             out,
             *overrides,
@@ -383,6 +383,48 @@ def test_torchrun_runs_the_command_on_two_processes(folders, tmp_path):
     options = ["training.steps=2", "training.gradient_accumulation=2"]
     train(folders, tmp_path / "alone", *options)
     assert_same_weights(tmp_path / "run", tmp_path / "alone")
+
+
+def train_sharded(folders, out, *overrides):
+    """One process of a run under FSDP, as `accelerate launch --use_fsdp` sets it up; only on a CPU it refuses to."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    reset_accelerator()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BasicTransformerBlock"],
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    trainer = Trainer(small(folders, out, *overrides), LinFusion, accelerator=accelerator, say=lambda _: None)
+    trainer.run()
+    pieces = {type(p).__name__ for p in trainer.student.model.parameters()}
+    assert pieces == {"DTensor"}, f"nothing was sharded: {pieces}"
+
+
+def test_fully_sharded_run_ends_where_the_replicated_one_does_and_can_be_resumed(folders, tmp_path):
+    options = ["training.steps=4", "training.max_grad_norm=0.5", "output.checkpoint_every=2"]
+    assert train_together(folders, tmp_path / "replicated", *options) == [0, 0]
+    assert train_together(folders, tmp_path / "sharded", *options, function=train_sharded) == [0, 0]
+    replicated, sharded = final_weights(tmp_path / "replicated"), final_weights(tmp_path / "sharded")
+    assert replicated.keys() == sharded.keys()
+    for key, value in replicated.items():
+        # Gradients are reduced in other orders; Adam turns a rounding into a small share of its step of 1e-3.
+        torch.testing.assert_close(sharded[key], value, rtol=0, atol=2e-5)
+    assert train_together(folders, tmp_path / "resumed", *options, "training.steps=2", function=train_sharded) == [0, 0]
+    assert train_together(folders, tmp_path / "resumed", *options, function=train_sharded) == [0, 0]
+    assert_same_weights(tmp_path / "sharded", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("option", ["training.share_frozen=true", "training.ema_decay=0.9"])
+def test_what_sharding_cannot_do_is_refused_by_key(folders, tmp_path, option, monkeypatch):
+    monkeypatch.setattr(Trainer, "_sharded", True)
+    with pytest.raises(recipe.RecipeError, match=rf"{option.partition('=')[0]}: expected .*with FSDP or DeepSpeed"):
+        Trainer(small(folders, tmp_path, option), LinFusion)
 
 
 # ------------------------------------------------------------------------------------------------ options of training

@@ -1,7 +1,7 @@
 """Distil a model as a recipe says: `linattn distill linfusion_sd15 --set data.path=pictures --set output.folder=run`.
 
 A run that was stopped or killed goes on where its last checkpoint stands when the same command is given again. The
-result is in <output.folder>/final. On several GPUs: `accelerate launch -m linattn distill ...` (its own --help says how).
+result is in <output.folder>/final. On several GPUs: `accelerate launch -m linattn distill ...`.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ class Trainer:
         self.folder = Path(expand(recipe.output.folder))
         self.accelerator = accelerator or _accelerator(recipe, self.folder)
         self._say = say
+        self._refuse_what_sharding_cannot_do()
         self._resume_from = self._find_checkpoint()
 
         self.source = open_source(recipe.data)
@@ -73,7 +74,8 @@ class Trainer:
         self.models = pipelines.load(
             recipe.model.pretrained, revision=recipe.model.revision, variant=recipe.model.variant
         )
-        self.student = self._make_student(adapter_class)
+        self._adapter_class = adapter_class
+        self.student = self._make_student()
         self.objective = self._make_objective()
         self.trainable = self.student.trainable()
 
@@ -87,6 +89,16 @@ class Trainer:
     def _sharded(self) -> bool:
         """Whether parameters live in pieces on several devices, in a form that is the launcher's business."""
         return self.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+    def _refuse_what_sharding_cannot_do(self) -> None:
+        problems = []
+        if self._sharded and self.recipe.training.share_frozen:
+            problems.append("training.share_frozen: expected false or null with FSDP or DeepSpeed, got true")
+        if self._sharded and self.recipe.training.ema_decay is not None:
+            value = self.recipe.training.ema_decay
+            problems.append(f"training.ema_decay: expected null with FSDP or DeepSpeed, got {value}")
+        if problems:
+            raise RecipeError("recipe", problems)
 
     def _find_checkpoint(self) -> Path | None:
         """The checkpoint to go on from; None for a new run. Raises if the folder holds a run of another recipe."""
@@ -107,22 +119,15 @@ class Trainer:
             )
         return newest
 
-    def _make_student(self, adapter_class: type) -> Student:
+    def _make_student(self) -> Student:
         from accelerate.utils import set_seed
 
         set_seed(self.recipe.training.seed)  # what starts at random starts the same in every process and every run
         wanted = self.recipe.student
         share = self.recipe.training.share_frozen
-        if share and self._sharded:
-            raise RecipeError(
-                "recipe",
-                [
-                    "training.share_frozen: expected false or null with FSDP or DeepSpeed (they move parameters), got true"
-                ],
-            )
         student = Student(
             self.models.model,
-            adapter_class,
+            self._adapter_class,
             pretrained=wanted.pretrained,
             options=wanted.options,
             share=not self._sharded if share is None else share,
@@ -332,7 +337,9 @@ class Trainer:
         self.objective.train()
         self.models.model.eval()
         objective, optimizer = self.accelerator.prepare(self.objective, optimizer)
-        if not self._sharded:
+        if self._sharded:
+            self.trainable = self.student.trainable()  # the launcher has put pieces in the place of the parameters
+        else:
             self.accelerator.register_save_state_pre_hook(self._save_trainable)
             self.accelerator.register_load_state_pre_hook(self._load_trainable)
         return objective, optimizer, schedule
@@ -426,24 +433,25 @@ class Trainer:
     def _export(self, target: Path) -> Path:
         """The result as users load it: of the moving average, if there is one."""
         accelerator = self.accelerator
-        if self._sharded:
-            self._gather_sharded()
+        student = self._gathered() if self._sharded else self.student
         if accelerator.is_main_process:
             with checkpoint.whole(target) as folder, self._averaged():
-                self.student.save(folder, self.models)
+                student.save(folder, self.models)
         accelerator.wait_for_everyone()
         return target
 
-    def _gather_sharded(self) -> None:
-        """Put the full weights of what is trained back into the student, on the main process."""
-        state = self.accelerator.get_state_dict(self.accelerator._models[-1])
-        if self.accelerator.is_main_process:
-            prefix = next(key for key in state if key.endswith(next(iter(self.trainable)))).removesuffix(
-                next(iter(self.trainable))
-            )
-            with torch.no_grad():
-                for name in self.trainable:
-                    self.trainable[name].data = state[prefix + name]
+    def _gathered(self) -> Student | None:
+        """On the main process a student with the weights that now lie in pieces on all of them."""
+        (wrapped,) = self.accelerator._models
+        state = self.accelerator.get_state_dict(wrapped)
+        if not self.accelerator.is_main_process:
+            return None
+        student, names = self._make_student(), list(self.trainable)
+        with torch.no_grad():
+            for name, parameter in student.trainable().items():
+                parameter.copy_(next(value for key, value in state.items() if key.endswith(f"model.{name}")))
+        assert list(student.trainable()) == names
+        return student
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
