@@ -237,7 +237,7 @@ class Trainer:
         if output.log_with:
             accelerator.init_trackers("distill", init_kwargs={"tensorboard": {"purge_step": state["step"] + 1}})
 
-        step, saved = state["step"], state["step"]
+        step = state["step"]
         with _signals() as received, self._progress(step) as bar:
             while step < training.steps:
                 losses = self._step(objective, optimizer, schedule, batches, step)
@@ -250,13 +250,10 @@ class Trainer:
                 stop = self._agreed(received)
                 if stop or step % output.checkpoint_every == 0 or step == training.steps:
                     self._save(step, schedule)
-                    saved = step
                 if output.validation.prompts and (step % output.validation.every == 0 or step == training.steps):
                     self._validate(step)
                 if stop and step < training.steps:
                     raise Interrupted(stop, step)
-        if saved != step:
-            self._save(step, schedule)
         final = self._export(self.folder / "final")
         accelerator.end_training()
         return final
