@@ -525,42 +525,37 @@ def check_same(drawn, first, second, how):
         assert relative_error(drawn[first], drawn[second]) < ROUNDING, f"{first} | {second}"
 
 
-MATRIX = pytest.mark.parametrize(("name", "family"), CASES)
+# By class: the four tests of a case follow each other, so that its story is drawn once.
+@pytest.mark.parametrize("case", CASES, ids="-".join, scope="class")
+class TestMatrix:
+    def test_effect_on_the_mounted_pipeline_is_the_plugins(self, case, request):
+        plugin, drawn = PLUGINS[case[0]], story(*case)
+        plugin_matrix.note(request, *case, "effect", plugin.effect)
+        assert relative_error(drawn["mounted"], drawn["stock"]) > EFFECT
+        assert relative_error(drawn["mounted, then loaded"], drawn["loaded"]) > EFFECT, "the plugin undid the mounting"
+        assert torch.isfinite(drawn["mounted, then loaded"]).all()
+        change = relative_error(drawn["mounted, then loaded"], drawn["mounted"])
+        assert change > EFFECT if plugin.effect == CHANGES else change < ROUNDING
 
+    def test_order_of_mounting_and_loading_does_not_matter(self, case, request):
+        plugin = PLUGINS[case[0]]
+        plugin_matrix.note(request, *case, "order", plugin.order)
+        check_same(story(*case), "mounted, then loaded", "loaded, then mounted", plugin.order)
 
-@MATRIX
-def test_effect_on_the_mounted_pipeline_is_the_plugins(name, family, request):
-    plugin, drawn = PLUGINS[name], story(name, family)
-    plugin_matrix.note(request, name, family, "effect", plugin.effect)
-    assert relative_error(drawn["mounted"], drawn["stock"]) > EFFECT
-    assert relative_error(drawn["mounted, then loaded"], drawn["loaded"]) > EFFECT, "the plugin undid the mounting"
-    assert torch.isfinite(drawn["mounted, then loaded"]).all()
-    change = relative_error(drawn["mounted, then loaded"], drawn["mounted"])
-    assert change > EFFECT if plugin.effect == CHANGES else change < ROUNDING
+    def test_plugin_stays_with_the_unmounted_pipeline(self, case, request):
+        plugin = PLUGINS[case[0]]
+        plugin_matrix.note(request, *case, "stays", stays(plugin))
+        check_same(story(*case), "mounted, loaded, unmounted", "loaded", plugin.stays)
 
-
-@MATRIX
-def test_order_of_mounting_and_loading_does_not_matter(name, family, request):
-    plugin_matrix.note(request, name, family, "order", PLUGINS[name].order)
-    check_same(story(name, family), "mounted, then loaded", "loaded, then mounted", PLUGINS[name].order)
-
-
-@MATRIX
-def test_plugin_stays_with_the_unmounted_pipeline(name, family, request):
-    plugin_matrix.note(request, name, family, "stays", stays(PLUGINS[name]))
-    check_same(story(name, family), "mounted, loaded, unmounted", "loaded", PLUGINS[name].stays)
-
-
-@MATRIX
-def test_nothing_is_left_of_either_after_unmounting_and_unloading(name, family, request):
-    plugin, drawn = PLUGINS[name], story(name, family)
-    plugin_matrix.note(request, name, family, "gone", gone(plugin))
-    if plugin.gone is None:
-        assert plugin.unload is None
-        return
-    check_same(drawn, "mounted, loaded, unmounted, unloaded", "stock", plugin.gone)
-    check_same(drawn, "loaded, mounted, unloaded", "mounted", plugin.gone)
-    check_same(drawn, "loaded, mounted, unloaded, unmounted", "stock", plugin.gone)
+    def test_nothing_is_left_of_either_after_unmounting_and_unloading(self, case, request):
+        plugin, drawn = PLUGINS[case[0]], story(*case)
+        plugin_matrix.note(request, *case, "gone", gone(plugin))
+        if plugin.gone is None:
+            assert plugin.unload is None
+            return
+        check_same(drawn, "mounted, loaded, unmounted, unloaded", "stock", plugin.gone)
+        check_same(drawn, "loaded, mounted, unloaded", "mounted", plugin.gone)
+        check_same(drawn, "loaded, mounted, unloaded, unmounted", "stock", plugin.gone)
 
 
 def stays(plugin):
