@@ -151,7 +151,7 @@ def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, list[
         parts = name.split(".") if name else []
         parents = [modules[path] for i in range(len(parts), -1, -1) if (path := ".".join(parts[:i])) in modules]
         if not hasattr(module, "_orig_mod"):  # what was compiled comes next, under its own name
-            yield prefix + name.replace("_orig_mod.", "").replace("._orig_mod", ""), module, parents
+            yield prefix + name.replace("._orig_mod", ""), module, parents
 
 
 def _is_attention(module: nn.Module) -> bool:

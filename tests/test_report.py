@@ -233,7 +233,7 @@ class Int8Linear(nn.Module):
 def test_quantised_layers_hooks_and_parametrizations_are_seen():
     unet = mounted_unet()
     attention = unet.get_submodule(FIRST)
-    attention.to_v = Int8Linear(attention.to_v)
+    attention.to_q = Int8Linear(attention.to_q)
     attention.to_k.register_forward_hook(lambda *_: None)
     attention.register_forward_pre_hook(lambda *_: None)
     nn.utils.parametrizations.weight_norm(attention.to_out[0])
