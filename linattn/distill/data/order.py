@@ -38,7 +38,7 @@ def buckets(resolution: int, step: int, max_aspect: float) -> list[Size]:
     found = {(square, square)}
     for side in range(step, int(resolution * max_aspect) + step, step):
         other = step * round(resolution**2 / side / step)
-        if other and max(side, other) <= max_aspect * min(side, other):
+        if max(side, other) <= max_aspect * min(side, other):
             found |= {(side, other), (other, side)}
     return sorted(found)
 
