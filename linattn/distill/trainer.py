@@ -12,7 +12,6 @@ noise as one process that accumulates twice as many micro steps.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,10 +23,10 @@ from torch import nn
 
 from .._version import __version__
 from . import checkpoint, pipelines
-from .cache import Cache
-from .data import Order, captions, latent_key, loader, open_source, prepare_image, sample_rng, targets
+from .data import Order, loader, open_source
 from .noise import draw
 from .objectives.attention import AttentionDistillation
+from .precompute import fill_caches
 from .recipe import Recipe, RecipeError, expand, load
 from .student import Student
 
@@ -201,7 +200,7 @@ class Trainer:
             checkpoint.remove_partial(self.folder)
             _write(self.folder / "recipe.yaml", self.recipe.to_yaml())
         accelerator.wait_for_everyone()
-        text_cache, latent_cache = self._fill_caches()
+        text_cache, latent_cache = fill_caches(self.recipe, self.models, self.source, self.folder, accelerator)
 
         objective, optimizer, schedule = self._prepare()
         self._average = self._make_average()
@@ -463,44 +462,7 @@ class Trainer:
         finally:
             self._average.restore(parameters)
 
-    # ---- caches, validation ------------------------------------------------------------------------------------------
-
-    def _fill_caches(self) -> tuple[Cache | None, Cache | None]:
-        """Encode what is to be cached and is not yet; each process its share."""
-        wanted = self.recipe.data.cache
-        folder = Path(expand(wanted.folder)) if wanted.folder else self.folder / "cache"
-        pipeline, data = self.models.pipeline, self.recipe.data
-        text = latents = None
-        if wanted.text:
-            encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-            text = Cache(folder / "text", {"weights": _digest(encoders)})
-            missing = text.missing(list(captions(self.source, data)))
-            for caption in self._share(missing, "encoding captions"):
-                text.put(caption, {name: value[0].cpu() for name, value in self.models.encode_text([caption]).items()})
-        if wanted.latents:
-            latents = Cache(folder / "latents", {"weights": _digest([pipeline.vae])})
-            keys = {latent_key(self.source, i, target, data): (i, target) for i, target in targets(self.source, data)}
-            for key in self._share(latents.missing(list(keys)), "encoding pictures"):
-                index, target = keys[key]
-                pixels, _ = prepare_image(
-                    self.source.image(index),
-                    target,
-                    resize=data.resize,
-                    interpolation=data.interpolation,
-                    rng=sample_rng(self.recipe.training.seed, index),
-                    random_crop=False,
-                    random_flip=False,
-                )
-                mean, std = self.models.encode_image(pixels[None])
-                latents.put(key, {"mean": mean[0].cpu(), "std": std[0].cpu()})
-        self.accelerator.wait_for_everyone()
-        return text, latents
-
-    def _share(self, items: list, what: str) -> Iterator:
-        from tqdm.auto import tqdm
-
-        own = items[self.accelerator.process_index :: self.accelerator.num_processes]
-        return iter(tqdm(own, desc=what, disable=not (self.accelerator.is_main_process and own), file=sys.stderr))
+    # ---- validation --------------------------------------------------------------------------------------------------
 
     def _validate(self, step: int) -> None:
         """Pictures of teacher (left) and student (right), one row per prompt, into `validation/` and the log."""
@@ -587,16 +549,6 @@ def _value(recipe: Recipe, key: str) -> object:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-def _digest(modules: list[nn.Module]) -> str:
-    """A fingerprint of weights: a cache made with others must not be found."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for name, value in module.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _save_tensors(file: Path, tensors) -> None:
