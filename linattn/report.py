@@ -273,17 +273,21 @@ def _placement(module: nn.Module, parents: list[nn.Module]):
     dtype = next(
         (d for hook in _diffusers_hooks(module).values() if (d := getattr(hook, "compute_dtype", None))), stored
     )
-    execution = next((d for parent in parents for d in _execution_devices(parent)), None)
+    execution = next((d for owner in (*parents, *module.modules()) for d in _execution_devices(owner)), None)
     return dtype, None if dtype == stored else stored, torch.device(execution) if execution is not None else device
 
 
 def _execution_devices(module: nn.Module) -> Iterator:
-    """Where accelerate's hooks on this module will run it, as offloading does."""
+    """Where the hooks on this module will run it: accelerate's offloading, diffusers' group offloading."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", [hook]):
         device = getattr(one, "execution_device", None)
         if device is not None:
             yield f"cuda:{device}" if isinstance(device, int) else device
+    for one in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+        device = getattr(getattr(one, "group", None), "onload_device", None)
+        if device is not None:
+            yield device
 
 
 def _diffusers_hooks(module: nn.Module) -> dict[str, object]:
@@ -325,8 +329,8 @@ def _plugins(module: nn.Module, parents: list[nn.Module]) -> Iterator[str]:
         found["IP-Adapter"] += 1
     for name in _diffusers_hooks(module):
         found[f"diffusers hook {name}"] += 1
-    if any(True for parent in parents for _ in _execution_devices(parent)):
-        found["accelerate offload"] += 1
+    if any(hasattr(owner, "_hf_hook") for owner in parents):
+        found["accelerate hook"] += 1
     for name, number in found.items():
         yield name if number == 1 else f"{name} x{number}"
 

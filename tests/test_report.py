@@ -267,7 +267,18 @@ def test_an_offloaded_layer_is_reported_by_where_it_will_run():
     hook = accelerate.hooks.AlignDevicesHook(execution_device=torch.device("cpu"))
     accelerate.hooks.add_hook_to_module(unet, hook)
     found = layer(unet)
-    assert found.device == "cpu" and "accelerate offload" in found.plugins
+    assert found.device == "cpu" and "accelerate hook" in found.plugins
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_a_layer_under_group_offloading_is_reported_by_where_it_will_run(level):
+    unet = mounted_unet()
+    blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=level, **blocks)
+    for module in unet.modules():  # a device to run on that is not where the weights wait
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            hook.group.onload_device = torch.device("meta")
+    assert layer(unet).device == "meta"
 
 
 # ---- the whole --------------------------------------------------------------------------------------------------
