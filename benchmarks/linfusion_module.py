@@ -240,7 +240,9 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
                     label = f"{dtype}, {width} channels"
                     axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=0.9, label=label)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.set(yscale="log", xlabel="tokens N", title=f"{name}, branch width C / {UNETS[name].divisor}")
+        divisor = UNETS[name].divisor
+        title = f"{name}, branches as wide as " + ("the channels" if divisor == 1 else f"a {divisor}th of the channels")
+        axis.set(yscale="log", xlabel="tokens N", title=title)
         axis.set_xscale("log", base=2)
         axis.grid(True, which="major", linewidth=0.3)
         axis.legend(fontsize=7, loc="best")
