@@ -1075,6 +1075,20 @@ def test_fused_lora_that_cannot_be_taken_out_is_refused_by_name():
     assert linfusion.mounted
 
 
+def test_lora_fused_into_a_quantised_layer_is_refused_by_name():
+    class Packed(nn.Linear):
+        """Stands for a quantised linear layer: what is in its weight cannot be taken out by subtraction."""
+
+    unet = small_unet()
+    add_lora(unet)
+    unet.fuse_lora()
+    wrapper = unet.get_submodule(FIRST).to_v
+    wrapper.base_layer = Packed(16, 16, bias=False)
+    with pytest.raises(ValueError, match=f"fused into {FIRST}.to_v: the layer under it is a Packed"):
+        LinFusion.construct_for(unet, load_pretrained=False)
+    assert wrapper is unet.get_submodule(FIRST).to_v
+
+
 def test_lora_in_the_modules_is_not_saved_with_them(tmp_path):
     unet = small_unet()
     add_lora(unet)

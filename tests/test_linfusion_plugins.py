@@ -346,6 +346,16 @@ def remove_hooks(pipe):
     return pipe
 
 
+def load_lora_and_offload(pipe, family):
+    return offload_layers(load_lora(pipe, family), family)
+
+
+def unload_lora_and_hooks(pipe):
+    pipe = remove_hooks(pipe)
+    pipe.unload_lora_weights()
+    return pipe
+
+
 def compile_unet(pipe, _):
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     return pipe
@@ -426,6 +436,11 @@ PLUGINS = {
     "LoRA, fused with a scale": Plugin(load_fused_lora, unload_fused_lora, gone=ROUNDED),
     "LoRA, a file of kohya's trainer": Plugin(load_kohya, unload_lora),
     "IP-Adapter": Plugin(load_ip_adapter, unload_ip_adapter, call={"ip_adapter_image": picture()}),
+    "IP-Adapter, with a mask": Plugin(
+        load_ip_adapter,
+        unload_ip_adapter,
+        call={"ip_adapter_image": picture(), "cross_attention_kwargs": {"ip_adapter_masks": [MASK]}},
+    ),
     "ControlNet": Plugin(with_controlnet, without, call={"image": picture()}),
     "T2I-Adapter": Plugin(with_t2i_adapter, without, call={"image": picture()}),
     "LoRA, IP-Adapter and ControlNet together": Plugin(
@@ -466,6 +481,7 @@ PLUGINS = {
     ),
     "`enable_model_cpu_offload`": Plugin(offload_models, remove_hooks, effect=KEEPS),
     "`enable_sequential_cpu_offload`": Plugin(offload_layers, remove_hooks, effect=KEEPS),
+    "LoRA and `enable_sequential_cpu_offload` together": Plugin(load_lora_and_offload, unload_lora_and_hooks),
     "group offloading, of blocks": Plugin(
         does(("unet.enable_group_offload", CPU, CPU, "block_level", 1)), None, effect=KEEPS, gone=None
     ),
@@ -608,6 +624,14 @@ def test_projections_are_copied_from_weights_that_are_offloaded():
     for pipe in (plain, offloaded):
         LinFusion.construct_for(pipe, load_pretrained=False)
     assert torch.equal(draw(plain), draw(offloaded))
+
+
+def test_lora_fused_into_weights_that_are_offloaded_is_refused():
+    pipe = offload_layers(load_fused_lora(tiny_pipeline("sd15"), "sd15"), "sd15")
+    before = [(name, id(module)) for name, module in pipe.unet.named_modules()]
+    with pytest.raises(ValueError, match=f"fused into {FIRST['sd15']}.to_q: its weights are offloaded"):
+        mount(pipe, "sd15")
+    assert [(name, id(module)) for name, module in pipe.unet.named_modules()] == before
 
 
 @ORDERS
@@ -811,6 +835,18 @@ def test_xformers_is_refused_on_mounted_modules():
             diffusers.models.attention_processor.XFormersAttnProcessor()
         )
     assert torch.equal(draw(pipe), mounted)
+
+
+def test_mask_of_the_prompt_reaches_cross_attention():
+    pipe = tiny_pipeline("sd15")
+    mount(pipe, "sd15")
+    latents, text = torch.randn(2, 4, 16, 16), torch.randn(2, 7, TEXT_DIM)
+    mask = torch.ones(2, 7)
+    mask[:, 4:] = 0
+    with torch.no_grad():
+        masked = pipe.unet(latents, 500, text, encoder_attention_mask=mask).sample
+        short = pipe.unet(latents, 500, text[:, :4]).sample
+    assert relative_error(masked, short) < ROUNDING
 
 
 def test_attention_backend_context_leaves_linear_attention_alone():
