@@ -51,7 +51,7 @@ class StableDiffusion:
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move everything frozen to the device, in the type that it computes in.
 
-        A VAE that overflows in 16 bits says so in its config (`force_upcast`, SDXL's) and stays in float32.
+        The VAE stays in float32 unless its config says that 16 bits are enough (`force_upcast: false`).
         """
         vae = self.pipeline.vae
         for part in self.pipeline.components.values():
