@@ -509,6 +509,16 @@ def test_what_is_written_reads_back_equal(tmp_path):
     assert again.to_yaml() == made.to_yaml()
 
 
+def test_differences_are_told_by_key_with_both_values():
+    here = Recipe.parse(SMALLEST)
+    assert here.differences(here) == {}
+    there = with_value("student.options.mid_dim_scale", 16, with_value("training.betas", [0.9, 0.99]))
+    assert here.differences(Recipe.parse(there)) == {
+        "student.options.mid_dim_scale": (None, 16),
+        "training.betas": ((0.9, 0.999), (0.9, 0.99)),
+    }
+
+
 def test_a_recipe_cannot_be_changed():
     made = Recipe.parse(SMALLEST)
     with pytest.raises(pydantic.ValidationError, match="frozen"):

@@ -290,6 +290,7 @@ def test_checkpoint_is_absent_until_it_is_whole(tmp_path):
         (folder / "state.json").write_text("{}")
         assert checkpoint.found(tmp_path) == []
     assert checkpoint.found(tmp_path) == [target]
+    (tmp_path / "recipe.yaml.partial").write_text("half")
     checkpoint.remove_partial(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [target.name]
 

@@ -41,9 +41,17 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def as_json(state: dict) -> str:
-    """Floats as the shortest text that reads back to the same bits."""
-    return json.dumps(state, indent=2) + "\n"
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Written last: it makes a checkpoint one. JSON's floats are the shortest text that reads back to the same bits."""
+    write_text(checkpoint / "state.json", json.dumps(state, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """A file that is whole or as it was before."""
+    partial = file.with_name(file.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    _flush_entry(partial)
+    os.replace(partial, file)
 
 
 @contextlib.contextmanager
@@ -77,7 +85,10 @@ def whole(target: Path, *, is_main: bool = True, barrier=lambda: None) -> Iterat
 def remove_partial(folder: Path) -> None:
     """Remove what killed runs left behind."""
     for leftover in Path(folder).glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def keep_newest(folder: Path, count: int | None) -> None:

@@ -316,6 +316,18 @@ class Recipe(Section):
         """The recipe with every default written out; :func:`load` reads it back to an equal one."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=110)
 
+    def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
+        """Dotted key -> (value here, value in `other`), for every key at which two recipes differ."""
+
+        def walk(a: object, b: object, key: str) -> Iterator[tuple[str, tuple[object, object]]]:
+            if isinstance(a, dict) and isinstance(b, dict):
+                for part in dict.fromkeys([*a, *b]):
+                    yield from walk(a.get(part), b.get(part), f"{key}.{part}" if key else str(part))
+            elif a != b:
+                yield key, (a, b)
+
+        return dict(walk(self.model_dump(), other.model_dump(), ""))
+
     def check_paths(self) -> None:
         """Raise if a local path of the recipe does not lead anywhere, before minutes are spent on loading a model.
 

@@ -105,17 +105,15 @@ class Trainer:
         record = self.folder / "recipe.yaml"
         if newest is None:
             return None
-        before = load(record)
-        different = [key for key in _differences(before.model_dump(), self.recipe.model_dump()) if not _free(key)]
-        if different:
-            raise RecipeError(
-                str(self.folder),
-                [
-                    f"{key}: the run in output.folder has {_value(before, key)!r}, this recipe "
-                    f"{_value(self.recipe, key)!r}; choose another output.folder, or continue with the same value"
-                    for key in different
-                ],
-            )
+        differences = self.recipe.differences(load(record))
+        problems = [
+            f"{key}: the run in output.folder has {before!r}, this recipe {now!r}; choose another output.folder, or "
+            "continue with the same value"
+            for key, (now, before) in differences.items()
+            if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        ]
+        if problems:
+            raise RecipeError(str(self.folder), problems)
         return newest
 
     def _make_student(self) -> Student:
@@ -198,7 +196,7 @@ class Trainer:
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_partial(self.folder)
-            _write(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            checkpoint.write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         accelerator.wait_for_everyone()
         text_cache, latent_cache = fill_caches(self.recipe, self.models, self.source, self.folder, accelerator)
 
@@ -215,7 +213,6 @@ class Trainer:
                 ],
             )
         count = (training.steps - state["step"]) * training.gradient_accumulation
-        # Made before the random state is restored: a DataLoader draws from it when it starts.
         batches = iter(
             loader(
                 self.source,
@@ -394,7 +391,7 @@ class Trainer:
                     "ema_steps": self._average.optimization_step if self._average is not None else 0,
                     "versions": {"linattn": __version__, "torch": torch.__version__},
                 }
-                _write(folder / "state.json", checkpoint.as_json(state))
+                checkpoint.write_state(folder, state)
         if is_main:
             checkpoint.keep_newest(self.folder, self.recipe.output.keep_checkpoints)
 
@@ -531,35 +528,8 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _differences(a: object, b: object, prefix: str = "") -> Iterator[str]:
-    """Dotted keys at which two nested dictionaries differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in dict.fromkeys([*a, *b]):
-            yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else str(key))
-    elif a != b:
-        yield prefix
-
-
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-
-
-def _value(recipe: Recipe, key: str) -> object:
-    value = recipe.model_dump()
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
 def _save_tensors(file: Path, tensors) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(file.name + checkpoint.PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _sheet(rows: list[list]):
