@@ -49,9 +49,10 @@ class Mount:
         self.replacements = dict(replacements)
         self.originals = {name: model.get_submodule(name) for name in replacements}
         self._fused: list[tuple[nn.Module, _Merged]] = []
+        dtype = weight_dtype(model)
         for name, module in self.replacements.items():
             original = self.originals[name]
-            _hold_like(module, original, model)
+            _hold_like(module, original, dtype, model.training)
             for slot in slots:
                 # The originals keep what is fused into them, so that they come back to the last bit.
                 for wrapper in wrappers(original.get_submodule(slot)):
@@ -60,7 +61,7 @@ class Mount:
                 for wrapper in _move_wrappers(original, module, slot):
                     _merge_again(wrapper)
             _set(model, name, module)
-        self._held = {name: _holding(module, model) for name, module in self.replacements.items()}
+        self._held = {name: _holding(module, dtype, model.training) for name, module in self.replacements.items()}
         _apply_group_offloading_again(model)
 
     def foreign(self) -> list[str]:
@@ -77,10 +78,11 @@ class Mount:
                     merged.wrapper.base_layer = base
                     _merge_again(merged.wrapper)
         unchanged = {id(merged.wrapper) for _, merged in self._fused if not merged.has_changed()}
+        dtype, training = weight_dtype(self.model), self.model.training
         for name, original in self.originals.items():
             module = self.replacements[name]
-            if self._held[name] != _holding(module, self.model):
-                _hold_like(original, module, self.model)
+            if self._held[name] != _holding(module, dtype, training):
+                _hold_like(original, module, dtype, training)
             for slot in self.slots:
                 for wrapper in wrappers(module.get_submodule(slot)):
                     if is_merged(wrapper):
@@ -208,12 +210,12 @@ def _listed(names) -> str:
 # ------------------------------------------------------------------------ device, dtype, and who moves the weights when
 
 
-def _hold_like(incoming: nn.Module, outgoing: nn.Module, model: nn.Module) -> None:
-    """Hold the weights of `incoming` as those of `outgoing`, a module of `model`, are held."""
-    incoming.train(model.training)
+def _hold_like(incoming: nn.Module, outgoing: nn.Module, dtype: torch.dtype, training: bool) -> None:
+    """Hold the weights of `incoming` as those of `outgoing` are held, in a model of this dtype and mode."""
+    incoming.train(training)
     _release(incoming)
     # With layerwise casting on, weights rest in the storage dtype and are cast for each call.
-    incoming.to(device=_device(outgoing), dtype=None if _casting(incoming) else weight_dtype(model))
+    incoming.to(device=_device(outgoing), dtype=None if _casting(incoming) else dtype)
     casting = _casting(outgoing)
     if casting is not None and _casting(incoming) is None:
         from diffusers.hooks import apply_layerwise_casting
@@ -247,8 +249,8 @@ def _release(module: nn.Module) -> None:
                 registry.remove_hook(name, recurse=False)
 
 
-def _holding(module: nn.Module, model: nn.Module) -> tuple:
-    return _device(module), weight_dtype(model), model.training, _offload(module) is None, _casting(module) is None
+def _holding(module: nn.Module, dtype: torch.dtype, training: bool) -> tuple:
+    return _device(module), dtype, training, _offload(module) is None, _casting(module) is None
 
 
 def weight_dtype(model: nn.Module) -> torch.dtype:
