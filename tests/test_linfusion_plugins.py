@@ -8,12 +8,14 @@ nothing is left of either after unmounting and unloading (gone). The table in do
 The second part is what does not fit in a table: what must be refused or reported, and half precision.
 """
 
+import atexit
 import contextlib
 import copy
 import functools
 import inspect
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -83,8 +86,10 @@ def draw(pipe, **call):
 
 @functools.cache
 def scratch(name):
-    """A folder of this process for files that several tests load."""
-    return Path(mkdtemp(prefix=f"linattn-{name}-"))
+    """A folder for files that several tests load, gone when the process ends."""
+    folder = Path(mkdtemp(prefix=f"linattn-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -589,6 +594,23 @@ def test_table_in_the_document_is_that_of_these_tests():
         words = {"effect": plugin.effect, "order": plugin.order, "stays": stays(plugin), "gone": gone(plugin)}
         cells += [(name, family, column, word) for column, word in words.items()]
     assert plugin_matrix.committed() == plugin_matrix.render(cells), "run python -m tests.helpers.plugin_matrix"
+
+
+def test_table_says_where_families_differ_and_what_failed():
+    reports = [
+        SimpleNamespace(when="call", outcome=outcome, user_properties=[("linfusion plugin", [*cell, "equal"])])
+        for outcome, cell in (
+            ("passed", ("LoRA", "sd15", "order")),
+            ("failed", ("LoRA", "sdxl", "order")),
+            ("skipped", ("FreeU", "sd21", "gone")),
+        )
+    ]
+    results = plugin_matrix._Results()
+    for report in reports:
+        results.pytest_runtest_logreport(report)
+    rows = plugin_matrix.render(results.cells).splitlines()
+    assert rows[2] == "| LoRA |  | SD 1.5: equal; SDXL: FAILS |  |  | SD 1.5, SDXL |"
+    assert rows[3] == "| FreeU |  |  |  | not run | SD 2.1 |"
 
 
 # --------------------------------------------------------------------------------- that the plugins were really at work
