@@ -30,7 +30,7 @@ help:
 	@echo "make format       the same tools, writing"
 	@echo "make demo         environment, build, and pictures from the bundled model in demo_out/"
 	@echo "make gpu OUT=dir  on a CUDA machine without network: build, GPU tests, all benchmarks"
-	@echo "make docs-tables  README's tables again from the recorded results"
+	@echo "make docs-tables  the tables of README and docs again from the recorded results"
 	@echo "make clean        remove builds and results; distclean: the environment as well"
 
 $(VENV)/.created:
