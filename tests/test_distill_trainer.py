@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -27,6 +29,7 @@ from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from linattn import bundled
 from linattn.adapters import LinFusion
 from linattn.cli import main
 from linattn.distill import checkpoint, recipe
@@ -661,6 +664,24 @@ def test_mistakes_are_one_clear_line_and_exit_status_one(folders, tmp_path, caps
     assert main(command(folders, tmp_path / "run", *overrides)) == 1
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_digits_written_by_the_example_train_the_bundled_model(tmp_path, capsys):
+    """The command of docs/distillation.md, with three steps."""
+    pytest.importorskip("sklearn", reason='the digits need the extra: pip install "linattn[train]"')
+    root = Path(__file__).resolve().parents[1]
+    write_digits = runpy.run_path(str(root / "examples" / "write_digits.py"))
+    write_digits["main"](["--out", str(tmp_path / "digits"), "--count", "20"])
+    text = (root / "docs" / "distillation.md").read_text()
+    text = text.partition("linattn distill linfusion_sd15 --set data.path=digits")[2].partition("\n\n")[0]
+    settings = re.findall(r'--set (?:"([^"]+)"|(\S+))', text.replace("\\\n", " "))
+    settings = [quoted or plain for quoted, plain in settings if "pretrained" not in plain]
+    assert "training.steps=300" in settings and len(settings) == 11
+    settings += [f"model.pretrained={bundled.path()}", f"data.path={tmp_path / 'digits'}", "training.steps=3"]
+    settings += [f"output.folder={tmp_path / 'run'}", "training.batch_size=4"]
+    assert main(["distill", "linfusion_sd15", *(part for s in settings for part in ("--set", s))]) == 0
+    assert (tmp_path / "run" / "final" / WEIGHTS).is_file()
+    assert (tmp_path / "run" / "validation" / "step-00000003.png").is_file()
 
 
 def test_command_that_was_stopped_says_how_to_go_on(folders, tmp_path, capsys, monkeypatch):
