@@ -1,7 +1,8 @@
-"""`linattn generate`: the picture is of the same calls in Python, its record draws it again, mistakes are cheap."""
+"""`linattn generate`: pictures as by the same calls in Python, records that draw them again, mistakes at no cost."""
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import shlex
@@ -26,6 +27,7 @@ from helpers.tiny_pipelines import FAMILIES, IMAGE_SIZE, tiny_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 
 import linattn
 from linattn import bundled, cli
@@ -400,6 +402,12 @@ def test_from_warns_of_other_versions_and_draws(generate, recorded):
     assert record_of(Path("again.png"))["versions"] == doctor.versions()
 
 
+def test_from_draws_in_another_dtype_and_says_that_it_is_another_picture(generate, recorded):
+    status, paths, err = generate("--from", recorded, "--out", "again.png", "--dtype", "bfloat16")
+    assert (status, paths) == (0, ["again.png", "again.json"])
+    assert "dtype float32 then, bfloat16 now" in err and "not the same pixels as recorded: again.png" in err
+
+
 def test_from_says_when_the_pixels_are_not_the_recorded_ones(generate, recorded):
     record = json.loads(recorded.read_text())
     record["pictures"][0]["pixels_sha256"] = "0" * 64
@@ -590,6 +598,8 @@ MISTAKES = {
         ["no published LinFusion weights are known for", "architecture is none of", "--weights base"],
     ),
     "float16 on a cpu": ((PROMPT, *OK, "--device", "cpu", "--dtype", "float16"), ["--dtype float16", "bfloat16"]),
+    "name too long": ((PROMPT, *OK, "--out", "{tmp}/" + "x" * 300 + "/x.png"), ["File name too long"]),
+    "late mistake": ((PROMPT, "--model", "nothing", "--out", "{tmp}/new/x.png"), ["'nothing' does not exist"]),
     "no record": (("--from", "{models}/nothing.json"), ["--from", "does not exist"]),
     "another json": (("--from", "{models}/sd15/model_index.json"), ["--from", "no record of linattn generate"]),
     "no json": (("--from", "{models}/start.png"), ["--from", "cannot read"]),
@@ -667,6 +677,22 @@ def test_a_lora_of_another_family_is_one_line(generate, models):
     assert (status, paths) == (1, []) and "--lora" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("prefix", ["transformer.blocks.0.attn.to_q", "nothing"])
+def test_a_lora_of_which_nothing_fits_is_refused_instead_of_drawn_without(generate, models, tmp_path, prefix):
+    layers = {f"{prefix}.lora_A.weight": torch.ones(2, 16), f"{prefix}.lora_B.weight": torch.ones(16, 2)}
+    save_file(layers, tmp_path / "lora.safetensors")
+    model = ("--model", models / "sd15", "--weights", "base")
+    status, paths, err = generate(PROMPT, *model, *FAST, "--lora", "lora.safetensors")
+    assert (status, paths) == (1, []) and "--lora" in err and len(err.splitlines()) == 1
+
+
+def test_a_missing_package_is_named_with_what_to_install(generate, monkeypatch, nothing_heavy):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "diffusers" else find(name, *a))
+    status, _, err = generate(PROMPT)
+    assert status == 1 and "diffusers missing: pip install 'linattn[diffusers]'" in err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_cuda_device_is_said_at_once(generate, models, nothing_heavy):
     status, _, err = generate(PROMPT, "--device", "cuda")
@@ -683,7 +709,6 @@ def test_a_missing_cuda_device_is_said_at_once(generate, models, nothing_heavy):
         ("--strength", "1"),
         ("--lora-scale", "1"),
         ("--count", "2"),
-        ("--dtype", "float32"),
         (None, "a prompt"),
     ],
 )

@@ -48,8 +48,9 @@ DEFAULTS = {
     "dtype": "auto",
 }
 BUNDLED_GUIDANCE = 3.0  # what the bundled models were scored with
-# Files may have moved and the device may be another one; whether the picture can still be the same, the digests say.
-MAY_CHANGE = ("model", "weights", "lora", "image", "device")
+# What may be given with --from. Files may have moved, and the digests say whether they are the same. Another device or
+# dtype gives nearly the same picture; without them, one that was drawn on a GPU could be drawn nowhere else.
+MAY_CHANGE = ("model", "weights", "lora", "image", "device", "dtype")
 
 EXAMPLES = """\
 examples:
@@ -182,8 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="from_record",
         metavar="FILE.json",
         help="draw what this JSON records. Other model files than recorded are an error, since the picture could not "
-        f"be the same; other versions a warning. Of the options only {', '.join('--' + n for n in MAY_CHANGE)} (for "
-        "what has moved) and --out go with it",
+        "be the same; other versions or another machine a warning. Only --out goes with it, and for what has moved "
+        f"{', '.join('--' + name for name in MAY_CHANGE)}",
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
@@ -194,6 +195,11 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     except Problem as problem:
         print(f"linattn generate: {problem}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a name that is too long, a disk that is gone
+        print(f"linattn generate: {_line(error)}", file=sys.stderr)
         return 1
 
 
@@ -224,6 +230,7 @@ def _run(args: argparse.Namespace) -> int:
         _fetch_pipeline(model)
     _check_safetensors(model, layout)
     sources = _sources(request, model, layout, weights)
+    files.record.parent.mkdir(parents=True, exist_ok=True)
     with _arithmetic(request, record):
         facts = _facts(request)
         differences = [] if record is None else _compare(record, sources, facts)
@@ -342,7 +349,9 @@ def _request_again(args: argparse.Namespace, record: dict) -> Request:
     fixed += ["size"] * (args.size is not None)
     if fixed:
         given = ", ".join(name if name == "prompt" else f"--{name.replace('_', '-')}" for name in fixed)
-        raise Problem(f"--from draws what was recorded, so {given} cannot be given with it (only --out and what moved)")
+        raise Problem(
+            f"--from draws what was recorded, so {given} cannot be given with it (only --out and what has moved)"
+        )
     moved = {name: getattr(args, name) for name in MAY_CHANGE if getattr(args, name) is not None}
     for name in ("weights", "lora", "image"):
         if name in moved and record["sources"][name] is None:
@@ -396,14 +405,13 @@ def _output_files(out: Path, request: Request, source: Path | None, record: dict
     numbers = [f"-{i + 1:0{digits}}" for i in range(request.count)] if request.count > 1 else [""]
     files = Files([out.with_name(f"{out.stem}{n}{out.suffix}") for n in numbers], out.with_suffix(".json"))
 
-    folder = existing = out.parent
+    existing = out.parent
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     try:
         # The permission bits do not say it (root, read-only mounts), a try does.
         with tempfile.TemporaryFile(dir=existing):
             pass
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Problem(f"--out {out}: cannot write into {existing}: {error.strerror or error}") from error
     for path in (*files.pictures, files.record):
@@ -741,6 +749,8 @@ def _check_safetensors(source: Source, layout: Layout) -> None:
         folder = source.path / name
         if (folder / "config.json").is_file() and not any(_is_weights(file) for file in folder.iterdir()):
             found = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".safetensors"))
+            if not found and source.kind == "hub":
+                found = [f"none in the cache {folder}: fetch them with a network"]
             raise Problem(
                 f"{source.option}: {name} of {source.name} has no weights as safetensors (pickled ones are not read): "
                 f"expected model.safetensors or diffusion_pytorch_model.safetensors, found {', '.join(found) or 'none'}"
@@ -810,6 +820,7 @@ def _facts(request: Request) -> dict:
         "versions": doctor.versions(),
         "machine": {
             "device": request.device,
+            "dtype": request.dtype,
             "name": name,
             "threads": cpu["threads"],
             "torch_cpu": cpu["torch"],
