@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -361,6 +362,14 @@ def test_from_finds_what_has_moved_where_it_is_told(generate, draw, models, tmp_
     assert again.read_bytes() == first.read_bytes()
 
 
+def test_a_record_can_be_used_from_another_folder(draw, models, tmp_path, monkeypatch):
+    relative = (os.path.relpath(a, tmp_path) if isinstance(a, Path) else a for a in everything(models))
+    first = draw(*relative, "--out", "first.png").absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert draw("--from", "../first.json", "--out", "again.png").read_bytes() == first.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("source", "file"),
     [
@@ -561,6 +570,7 @@ MISTAKES = {
     "no extension": ((PROMPT, "--out", "three"), ["--out three", ".png", "none"]),
     "extension": ((PROMPT, "--out", "three.json"), ["--out three.json", ".png", "'.json'"]),
     "folder is a file": ((PROMPT, "--out", "{tmp}/lora.bin/x.png"), ["--out", "cannot write into {tmp}/lora.bin"]),
+    "unwritable folder": ((PROMPT, "--out", "/proc/x.png"), ["--out /proc/x.png: cannot write into /"]),
     "out is a folder": ((PROMPT, "--out", "{tmp}/folder.png"), ["folder.png is a folder"]),
     "foreign json": ((PROMPT, "--out", "{models}/sd15/model_index.png"), ["would overwrite", "model_index.json"]),
     "own image": ((PROMPT, *OK, "--image", "{models}/start.png", "--out", "{models}/start.png"), ["overwrite --image"]),

@@ -168,7 +168,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"how much of --image to redraw, above 0 to 1; this share of the steps is done [{DEFAULTS['strength']:g}]",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="[auto: cuda where there is one]")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="where to draw [auto: cuda where there is one]"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
