@@ -144,6 +144,12 @@ def test_the_picture_is_what_the_same_calls_in_python_give(draw, models, family,
     assert np.array_equal(pixels(out), in_python(models / family, attention, student, seed=3))
 
 
+@pytest.fixture(scope="module")
+def plain(models):
+    """The picture by SDXL without any further option."""
+    return in_python(models / "sdxl", "stock")
+
+
 @pytest.mark.parametrize(
     ("options", "keywords"),
     [
@@ -154,11 +160,11 @@ def test_the_picture_is_what_the_same_calls_in_python_give(draw, models, family,
         pytest.param(("--steps", "3"), {"num_inference_steps": 3}, id="steps"),
     ],
 )
-def test_every_option_of_drawing_does_what_its_counterpart_in_diffusers_does(draw, models, options, keywords):
-    plain = ("--model", models / "sdxl", "--attention", "stock", *FAST)
+def test_every_option_of_drawing_does_what_its_counterpart_in_diffusers_does(draw, models, plain, options, keywords):
     expected = in_python(models / "sdxl", "stock", **keywords)
-    assert np.array_equal(pixels(draw(PROMPT, *plain, *options)), expected)
-    assert not np.array_equal(pixels(draw(PROMPT, *plain)), expected)
+    drawn = pixels(draw(PROMPT, "--model", models / "sdxl", "--attention", "stock", *FAST, *options))
+    assert np.array_equal(drawn, expected)
+    assert not np.array_equal(drawn, plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,14 +180,16 @@ def test_img2img_starts_from_the_picture_at_the_nearest_size_the_model_can_draw(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_counts_by_its_scale(draw, models, family):
-    plain = (PROMPT, "--model", models / family, "--weights", "base", *FAST)
-    lora = ("--lora", lora_file(models, family))
-    full = pixels(draw(*plain, *lora))
-    assert np.array_equal(full, in_python(models / family, "linfusion", lora=lora_file(models, family)))
-    nothing = pixels(draw(*plain, *lora, "--lora-scale", "0"))
-    assert np.array_equal(nothing, pixels(draw(*plain)))
-    assert not np.array_equal(full, nothing)
+def test_a_lora_does_what_it_does_in_python(draw, models, family):
+    lora = lora_file(models, family)
+    drawn = draw(PROMPT, "--model", models / family, "--weights", "base", *FAST, "--lora", lora)
+    assert np.array_equal(pixels(drawn), in_python(models / family, "linfusion", lora=lora))
+
+
+def test_a_lora_counts_by_its_scale(draw, recorded, models):
+    lora = (PROMPT, "--model", models / "sd15", "--weights", "base", *FAST, "--lora", lora_file(models))
+    assert np.array_equal(pixels(draw(*lora, "--lora-scale", "0")), pixels(recorded.with_suffix(".png")))
+    assert not np.array_equal(pixels(draw(*lora)), pixels(recorded.with_suffix(".png")))
 
 
 def test_each_of_several_pictures_is_the_one_drawn_alone_with_its_seed(generate, draw, models, tmp_path):

@@ -930,7 +930,7 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
         with _quiet():
             # Local files only, whatever the model's configs name: all that is needed was fetched before.
             pipe = kind.from_pretrained(sources["model"].path, dtype=dtype, use_safetensors=True, local_files_only=True)
-            pipe.to(request.device, dtype)
+            pipe.to(request.device, dtype)  # dtype again: older diffusers do not know the argument above
     except Exception as error:  # what is wrong with the files of a folder comes out as any type
         _raise_if_memory(error)
         raise Problem(f"--model: cannot load {request.model}: {type(error).__name__}: {_line(error)}") from error
