@@ -413,7 +413,7 @@ def test_samples_without_an_image_are_counted_aloud(tmp_path, caplog):
     assert "2 samples have no image" in caplog.text and "tiff, txt" in caplog.text
 
 
-def test_shards_are_found_by_folder_file_glob_and_list(tmp_path, monkeypatch):
+def test_shards_are_found_by_folder_file_glob_range_and_list(tmp_path, monkeypatch):
     for name in ("b/1.tar", "0.tar", "2.tar", ".hidden.tar"):
         write_tar(tmp_path / name, [("a.png", PNG), ("a.txt", name)])
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -427,6 +427,7 @@ def test_shards_are_found_by_folder_file_glob_and_list(tmp_path, monkeypatch):
     assert found(root) == ["0.tar", "2.tar", "b/1.tar"]
     assert found(f"{root}/2.tar") == ["2.tar"]
     assert found("~/*.tar") == ["0.tar", "2.tar"]
+    assert found("~/{0..2..2}.tar") == ["0.tar", "2.tar"]
     assert found([f"{root}/2.tar", f"{root}/**/*.tar"]) == ["2.tar", "0.tar", "b/1.tar"]
 
 

@@ -572,6 +572,11 @@ def test_globs_lists_and_home_are_paths_too(tmp_path, monkeypatch):
     content = with_value("data.kind", "webdataset")
     for path in ["~/0.tar", "~/*.tar", str(tmp_path), [str(tmp_path / "0.tar"), "~"]]:
         Recipe.parse(with_value("data.path", path, content)).check_paths()
+    (tmp_path / "01.tar").write_text("")
+    (tmp_path / "02.tar").write_text("")
+    Recipe.parse(with_value("data.path", "~/{01..02}.tar", content)).check_paths()
+    (line,) = checked(data__kind="webdataset", data__path="~/{01..03}.tar")
+    assert "'~/03.tar'" in line
     lines = checked(data__kind="webdataset", data__path=["~/1*.tar", "~/0.tar", os.fspath(tmp_path / "9.tar")])
     assert len(lines) == 2
     assert "'~/1*.tar'" in lines[0]

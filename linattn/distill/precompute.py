@@ -12,8 +12,9 @@ from torch import nn
 
 from .cache import Cache
 from .data import Source, captions, latent_key, prepare_image, targets
+from .paths import expand
 from .pipelines import StableDiffusion
-from .recipe import Recipe, expand
+from .recipe import Recipe
 
 
 def fill_caches(

@@ -32,6 +32,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .paths import expand, tar_paths
+
 SHIPPED = Path(__file__).resolve().parent / "recipes"
 
 
@@ -194,7 +196,7 @@ class Data(Section):
     """Pictures with captions, and what is done to them."""
 
     kind: Literal["images", "webdataset", "datasets"]
-    # images: a folder. webdataset: a folder of .tar files, one .tar, a glob, or a list of these.
+    # images: a folder. webdataset: a folder of .tar files, a .tar, a glob, a range ({000..099}.tar), or a list of these.
     # datasets: a folder that Dataset.save_to_disk wrote.
     path: Annotated[str | tuple[str, ...], PlainValidator(_paths)]
     split: Text | None = None  # of a datasets folder that holds several
@@ -339,7 +341,8 @@ class Recipe(Section):
             RecipeError: the key, the path, and the nearest one that exists.
         """
         problems = []
-        for path in (self.data.path,) if isinstance(self.data.path, str) else self.data.path:
+        paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
+        for path in tar_paths(paths) if self.data.kind == "webdataset" else paths:
             if not (os.path.exists(expand(path)) or (glob.has_magic(path) and glob.glob(expand(path), recursive=True))):
                 problems.append(f"data.path: expected {_PATHS[self.data.kind]}, got {path!r}{_nearest_path(path)}")
         for key, name in (("model.pretrained", self.model.pretrained), ("student.pretrained", self.student.pretrained)):
@@ -390,11 +393,6 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError(str(path), problems)
     return made
-
-
-def expand(path: str) -> str:
-    """A path of a recipe with `~` resolved."""
-    return os.path.expanduser(path)
 
 
 def keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:

@@ -26,8 +26,9 @@ from . import checkpoint, pipelines
 from .data import Order, loader, open_source
 from .noise import draw
 from .objectives.attention import AttentionDistillation
+from .paths import expand
 from .precompute import fill_caches
-from .recipe import Recipe, RecipeError, expand, load
+from .recipe import Recipe, RecipeError, load
 from .student import Student
 
 TRAINABLE, AVERAGE = "trainable.safetensors", "ema.safetensors"

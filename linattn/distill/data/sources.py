@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from PIL import Image
 
+from ..paths import tar_paths
 from . import pictures
 from .pictures import Size
 
@@ -312,7 +313,7 @@ class TarShards:
 
 def _find_shards(path: str | Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}
-    for one in [path] if isinstance(path, str) else path:
+    for one in tar_paths([path] if isinstance(path, str) else list(path)):
         place = Path(one).expanduser()
         if place.is_dir():
             shards = sorted(shard for shard in place.rglob("*.tar") if not shard.name.startswith("."))
@@ -322,7 +323,7 @@ def _find_shards(path: str | Iterable[str]) -> list[Path]:
             shards = [Path(match) for match in sorted(glob.glob(str(place), recursive=True)) if Path(match).is_file()]
         if not shards:
             raise DataError(
-                f"data.path: expected a tar, a folder of .tar files or a glob of them, found none at {one!r}"
+                f"data.path: expected a tar, a folder of .tar files, a glob or a range of them, found none at {one!r}"
             )
         found.update(dict.fromkeys(shards))
     return list(found)
