@@ -196,7 +196,7 @@ class Data(Section):
     """Pictures with captions, and what is done to them."""
 
     kind: Literal["images", "webdataset", "datasets"]
-    # images: a folder. webdataset: a folder of .tar files, a .tar, a glob, a range ({000..099}.tar), or a list of these.
+    # images: a folder. webdataset: a folder of .tar files, a .tar, a glob, a range ({00..99}.tar), or a list of these.
     # datasets: a folder that Dataset.save_to_disk wrote.
     path: Annotated[str | tuple[str, ...], PlainValidator(_paths)]
     split: Text | None = None  # of a datasets folder that holds several
