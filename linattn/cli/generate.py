@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -26,6 +25,8 @@ import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from linattn.paths import instead_of
 
 HELP = "draw a picture from a text, and a JSON beside it that draws it again"
 
@@ -449,23 +450,12 @@ def _check_file(option: str, path: str | None) -> None:
     if path is None:
         return
     if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else f"does not exist; {_nearest(path)}"
+        what = "is a folder" if Path(path).is_dir() else f"does not exist; {instead_of(path)}"
         raise Problem(f"{option}: expected a file, {path!r} {what}")
     if option == "--lora" and Path(path).suffix != ".safetensors":
         raise Problem(
             f"--lora: expected a .safetensors file (nothing else is read: a pickle can run code), got {path!r}"
         )
-
-
-def _nearest(path) -> str:
-    """What is there in place of a path that does not exist."""
-    path = Path(path).expanduser().absolute()
-    for part in reversed([path, *path.parents]):
-        if not part.exists():
-            names = sorted(os.listdir(part.parent)) if part.parent.is_dir() else []
-            close = difflib.get_close_matches(part.name, names, n=1)
-            return f"did you mean {str(part.parent / close[0])!r}?" if close else f"{str(part.parent)!r} does"
-    return ""
 
 
 def _write(path: Path, record: dict) -> None:
@@ -516,7 +506,7 @@ def _locate(option: str, name: str) -> Source:
         raise Problem(f"{option}: expected a folder or a hub name, {name!r} is a file")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return Source(option, name, "hub", None)
-    raise Problem(f"{option}: the folder {name!r} does not exist; {_nearest(name)}")
+    raise Problem(f"{option}: the folder {name!r} does not exist; {instead_of(name)}")
 
 
 def _fetch(source: Source, revision: str | None, patterns: list[str]) -> Path:
@@ -551,7 +541,7 @@ def _hub_errors(source: Source):
 
     what = f"{source.option}: {source.name!r} is no folder here"
     if Path(source.name).parent.is_dir():
-        what += f" ({_nearest(source.name)})"
+        what += f" ({instead_of(source.name)})"
     try:
         yield
     except GatedRepoError as error:

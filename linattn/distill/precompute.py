@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..paths import expand
 from .cache import Cache
 from .data import Source, captions, latent_key, prepare_image, targets
-from .paths import expand
 from .pipelines import StableDiffusion
 from .recipe import Recipe
 

@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from .paths import expand, tar_paths
+from ..paths import expand, instead_of, tar_paths
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
 
@@ -344,10 +344,10 @@ class Recipe(Section):
         paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
         for path in tar_paths(paths) if self.data.kind == "webdataset" else paths:
             if not (os.path.exists(expand(path)) or (glob.has_magic(path) and glob.glob(expand(path), recursive=True))):
-                problems.append(f"data.path: expected {_PATHS[self.data.kind]}, got {path!r}{_nearest_path(path)}")
+                problems.append(f"data.path: expected {_PATHS[self.data.kind]}, got {path!r}; {instead_of(path)}")
         for key, name in (("model.pretrained", self.model.pretrained), ("student.pretrained", self.student.pretrained)):
             if name is not None and _only_local(name) and not os.path.exists(expand(name)):
-                problems.append(f"{key}: expected a folder that exists, got {name!r}{_nearest_path(name)}")
+                problems.append(f"{key}: expected a folder that exists, got {name!r}; {instead_of(name)}")
         for key, name in (("output.folder", self.output.folder), ("data.cache.folder", self.data.cache.folder)):
             if name is not None and os.path.exists(expand(name)) and not os.path.isdir(expand(name)):
                 problems.append(f"{key}: expected a folder, got the file {name!r}")
@@ -413,7 +413,7 @@ def _find(path_or_name: str | Path) -> Path:
     if path.is_dir():
         raise RecipeError(str(path_or_name), ["expected a YAML file, got a folder"])
     close = _close(path.stem, known)
-    hint = f"; did you mean the shipped recipe {close!r}?" if close else _nearest_path(str(path_or_name))
+    hint = f"; did you mean the shipped recipe {close!r}?" if close else f"; {instead_of(path_or_name)}"
     names = ", ".join(known) or "none"
     raise RecipeError(
         str(path_or_name), [f"expected a YAML file or the name of a shipped recipe ({names}); no such file{hint}"]
@@ -583,13 +583,3 @@ def _suggest(parts: list[str], holder: type[Section] | None) -> str:
 def _only_local(name: str) -> bool:
     """Whether a name can be no repository of the Hub, which is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
-
-
-def _nearest_path(path: str) -> str:
-    """'; did you mean ...?' for a path of which a part does not exist, if something like that part does."""
-    wanted = Path(expand(path))
-    for part in [wanted, *wanted.parents]:
-        if part.parent.is_dir() and not part.exists():
-            close = _close(part.name, sorted(os.listdir(part.parent)))
-            return f"; did you mean {str(part.parent / close)!r}?" if close else f"; {str(part)!r} does not exist"
-    return ""

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .._version import __version__
+from ..paths import expand
 from . import checkpoint, pipelines
 from .data import Order, loader, open_source
 from .noise import draw
 from .objectives.attention import AttentionDistillation
-from .paths import expand
 from .precompute import fill_caches
 from .recipe import Recipe, RecipeError, load
 from .student import Student

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from PIL import Image
 
-from ..paths import tar_paths
+from ...paths import tar_paths
 from . import pictures
 from .pictures import Size
 

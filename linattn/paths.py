@@ -1,13 +1,15 @@
-"""Paths as recipes write them."""
+"""Paths as users write them on the command line and in recipes."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def expand(path: str) -> str:
-    """A path of a recipe with `~` resolved."""
+    """A path with `~` resolved."""
     return os.path.expanduser(path)
 
 
@@ -25,3 +27,14 @@ def tar_paths(paths: Sequence[str]) -> list[str]:
         except UnbalancedBracesError:
             written_out.append(path)
     return written_out
+
+
+def instead_of(path: str | os.PathLike) -> str:
+    """What there is in place of a path that does not exist, for the end of a message; "" if it does exist."""
+    wanted = Path(expand(os.fspath(path)))
+    for part in reversed([wanted, *wanted.parents]):
+        if not part.exists():
+            names = sorted(os.listdir(part.parent)) if part.parent.is_dir() else []
+            close = difflib.get_close_matches(part.name, names, n=1)
+            return f"did you mean {str(part.parent / close[0])!r}?" if close else f"{str(part)!r} does not exist"
+    return ""
