@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import linattn
 from linattn import backend
 
-from .harness import runner
+from .harness import figures, runner
 from .harness.family import Case, Family
 from .harness.measure import Contender, Skip
 from .harness.roofline import Machine
@@ -284,18 +284,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         axis.grid(True, which="major", linewidth=0.3)
         axis.legend(fontsize=7, loc="best")
     axes[0][0].set_ylabel("times faster, forward")
-    first = rows[0]
-    machine = f"{first['device']} ({first['isa']})"
-    if first["provider"] == "linattn-cpu":
-        timing = ", CPU time" if first["timing"] == "cpu-time" else ""
-        machine = f"{first['device']} ({first['isa']}; threads: {first['threads']}{timing})"
-    panels.suptitle(
-        f"linattn {first['linattn']}: {machine}\ntorch {first['torch']}, {first['commit']}, {first['date']}",
-        fontsize=8,
-    )
-    panels.tight_layout()
-    panels.savefig(path, dpi=130)
-    plt.close(panels)
+    figures.write(panels, path, "", rows[0])
 
 
 FAMILY = Family(

@@ -27,7 +27,7 @@ import torch
 import linattn
 
 from . import linear_attention
-from .harness import runner
+from .harness import figures, runner
 from .harness.family import Case, Family
 from .harness.measure import Contender, Skip
 from .harness.roofline import Machine
@@ -247,18 +247,7 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
         axis.grid(True, which="major", linewidth=0.3)
         axis.legend(fontsize=7, loc="best")
     axes[0][0].set_ylabel("times faster than the softmax module, forward")
-    first = rows[0]
-    timing = ", CPU time" if first["timing"] == "cpu-time" else ""
-    machine = f"{first['device']} ({first['isa']}"
-    machine += f"; threads: {first['threads']}{timing})" if first["provider"] == "linattn-cpu" else ")"
-    panels.suptitle(
-        f"LinFusion's attention module, linattn {first['linattn']}: {machine}\n"
-        f"torch {first['torch']}, {first['commit']}, {first['date']}",
-        fontsize=8,
-    )
-    panels.tight_layout()
-    panels.savefig(path, dpi=130)
-    plt.close(panels)
+    figures.write(panels, path, "LinFusion's attention module, ", rows[0])
 
 
 FAMILY = Family(

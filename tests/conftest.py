@@ -104,10 +104,14 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@pytest.fixture
-def one_thread():
+def _one_thread():
     """Small tensors: waking a second thread costs more than it saves, most of all on a machine that is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(_one_thread, name="one_thread")
+# The same for a whole file: pytestmark = pytest.mark.usefixtures("one_thread_in_module")
+one_thread_in_module = pytest.fixture(_one_thread, name="one_thread_in_module", scope="module")

@@ -21,12 +21,7 @@ EXACT = 1e-12
 STORED_IN_FLOAT32 = 2.0**-24
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
 
 def tiny_unet(dtype=torch.float64):

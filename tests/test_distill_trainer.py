@@ -40,12 +40,7 @@ FAMILIES = {"linfusion_sd15": "sd15", "linfusion_sd21": "sd21", "linfusion_sdxl"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
 
 @pytest.fixture(autouse=True)

@@ -139,13 +139,7 @@ def trace(model):
     }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are small: more threads only wait for each other, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
 
 # ---------------------------------------------------------------------------------------------- the attention module

@@ -61,13 +61,7 @@ def cpu_backends():
 BACKENDS = pytest.mark.parametrize("backend", list(cpu_backends()))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are small: more threads only wait for each other, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
 
 @goldens.needs_goldens
