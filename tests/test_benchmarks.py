@@ -387,13 +387,16 @@ def test_the_crossover_is_stated(tmp_path, ratios, sentence):
 
 
 def test_a_whole_unet_is_added_up_only_where_every_layer_was_measured(tmp_path):
-    render = tables.generators()["linfusion-module"].render
+    render, summary = (tables.generators()[name].render for name in ("linfusion-module", "linfusion-unets"))
     rows = []
     for heads, tokens, dim, _ in linfusion_module.UNETS["SD1.5"].layers:
         results = module_rows(tmp_path, {tokens: 4.0}, H=heads, D=dim, case="SD1.5 512")
         rows += results.devices["cpu-x"]
     assert "all 16 self-attention modules: 0.16 s -> 0.04 s, 4.0x" in render(tables.Results({"cpu-x": rows}))
     assert "all 16" not in render(tables.Results({"cpu-x": rows[2:]}))
+    line = "| SD1.5, 16 modules | bfloat16 | 0.16 s | **0.04 s** | 4.0x |"
+    assert line in summary(tables.Results({"cpu-x": rows}))
+    assert "No results" in summary(tables.Results({"cpu-x": rows[2:]}))
 
 
 # ---- the sweep that replaces the tests where there is no pytest ------------------------------------------------

@@ -85,14 +85,14 @@ def _sentences(rows) -> str:
     for name in UNETS:
         mine = [r for r in timed if family_of(r["case"]) == name]
         for dtype in ("bfloat16", "float32"):
-            text = [_crossover([r for r in mine if r["dtype"] == dtype]), _whole_unet(name, mine, dtype, "forward")]
-            text.append(_whole_unet(name, mine, dtype, "forward+backward"))
+            text = [crossover([r for r in mine if r["dtype"] == dtype]), _in_words(name, mine, dtype, "forward")]
+            text.append(_in_words(name, mine, dtype, "forward+backward"))
             if text[0]:
                 lines.append(f"- {name}, {dtype}: " + "; ".join(part for part in text if part) + ".")
     return "\n".join(lines + _memory(rows))
 
 
-def _crossover(rows) -> str:
+def crossover(rows) -> str:
     """Per width the N from which our module is the quicker one, between the measured sizes by interpolation."""
     points: dict[int, list[tuple[int, float]]] = {}
     for row in rows:
@@ -123,22 +123,35 @@ def _where_one(points: list[tuple[int, float]]) -> int:
     return int(round(n / digits) * digits)
 
 
-def _whole_unet(name: str, rows, dtype: str, mode: str) -> str:
-    """All self-attention modules of one UNet evaluation at its own image size; empty where one was not measured."""
+def whole_unet(name: str, rows, dtype: str, mode: str) -> tuple[float, float] | None:
+    """Seconds (softmax, ours) of all self-attention modules in one evaluation of a UNet at its own image size.
+
+    None where a layer was not measured.
+    """
     rows = [r for r in rows if r["dtype"] == dtype and r["mode"] == mode and _own_size(r)]
-    seconds = {"softmax": 0.0, "ours": 0.0}
+    softmax = mine = 0.0
     for heads, tokens, dim, count in UNETS[name].layers:
         layer = [r for r in rows if (r["H"], r["N"], r["D"]) == (str(heads), str(tokens), str(dim))]
         stock = [r for r in layer if r["provider"] == "sdpa"]
         ours = [r for r in layer if _is_ours(r)]
         if not stock or not ours:
-            return ""
-        seconds["softmax"] += count * float(stock[0]["p50"]) / 1e3
-        seconds["ours"] += count * min(float(r["p50"]) for r in ours) / 1e3
-    modules = sum(count for *_, count in UNETS[name].layers)
-    what = f"all {modules} self-attention modules" if mode == "forward" else "forward + backward"
-    ratio = seconds["softmax"] / seconds["ours"]
-    return f"{what}: {seconds['softmax']:.3g} s -> {seconds['ours']:.3g} s, {ratio:.1f}x"
+            return None
+        softmax += count * float(stock[0]["p50"]) / 1e3
+        mine += count * min(float(r["p50"]) for r in ours) / 1e3
+    return softmax, mine
+
+
+def modules(name: str) -> int:
+    """Self-attention modules of a UNet."""
+    return sum(count for *_, count in UNETS[name].layers)
+
+
+def _in_words(name: str, rows, dtype: str, mode: str) -> str:
+    seconds = whole_unet(name, rows, dtype, mode)
+    if seconds is None:
+        return ""
+    what = f"all {modules(name)} self-attention modules" if mode == "forward" else "forward + backward"
+    return f"{what}: {seconds[0]:.3g} s -> {seconds[1]:.3g} s, {seconds[0] / seconds[1]:.1f}x"
 
 
 def _memory(rows) -> list[str]:
