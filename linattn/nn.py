@@ -112,6 +112,10 @@ class FocusedLinearAttention(nn.Module):
         local = self.dwc(local).flatten(2).unflatten(0, (x.shape[0], -1)).permute(0, 3, 1, 2).flatten(2)
         return self.proj(out + local)
 
+    def attention_spec(self) -> dict:
+        """What `linattn.report` says of this layer."""
+        return _spec(self, self.q.in_features)
+
     def _focus(self, t: Tensor) -> Tensor:
         """phi(t), in float32 (or float64)."""
         u = (_wide(t).relu() + 1e-6) / F.softplus(_wide(self.scale))
@@ -186,6 +190,10 @@ class MambaLikeLinearAttention(nn.Module):
         local = self.lepe(_to_grid(x, height, width)).flatten(2).transpose(1, 2)
         return out.transpose(1, 2).flatten(2) + local
 
+    def attention_spec(self) -> dict:
+        """What `linattn.report` says of this layer."""
+        return _spec(self, self.qk.in_features)
+
 
 class _Rotary(nn.Module):
     """The table of rotations (height, width, C/2, 2) = (cos, sin), as a buffer named as in published state dicts.
@@ -248,6 +256,13 @@ def _elu1(t: Tensor) -> Tensor:
 def _wide(t: Tensor) -> Tensor:
     """In float32, or in float64 if it is that already."""
     return t if t.dtype == torch.float64 else t.float()
+
+
+def _spec(layer: nn.Module, dim: int) -> dict:
+    """Both layers map their tokens themselves, before the op."""
+    options = {"feature_map": "identity", "eps": _EPS}
+    heads = dim // layer.head_dim
+    return {"op": "linear_attention", "adapter": "linattn.nn", "options": options, "heads": heads, "mask": False}
 
 
 def _head_dim(dim: int, num_heads: int) -> int:

@@ -338,6 +338,23 @@ def test_compilation_changes_no_name():
     assert linattn.report(unet) == plain
 
 
+def test_layers_of_linattn_nn_say_what_they_run():
+    from linattn.nn import FocusedLinearAttention, MambaLikeLinearAttention
+
+    model = nn.Sequential(
+        FocusedLinearAttention(32, 4, 4, num_heads=4), MambaLikeLinearAttention(48, 4, 4, num_heads=3)
+    )
+    layers = linattn.report(model).layers
+    assert [(x.name, x.runs, x.by, x.shape) for x in layers] == [
+        ("0", "linear_attention", "linattn.nn", "4x8"),
+        ("1", "linear_attention", "linattn.nn", "3x16"),
+    ]
+    assert {x.backend for x in layers} == {
+        linattn.backend.choose("linear_attention", torch.device("cpu"), torch.float32)
+    }
+    assert all(x.options["feature_map"] == "identity" for x in layers)
+
+
 def test_models_without_attention_and_other_things():
     assert linattn.report(nn.Linear(2, 2)).layers == []
     assert "no attention layer" in str(linattn.report(nn.Linear(2, 2)))
