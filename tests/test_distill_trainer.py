@@ -384,6 +384,19 @@ def test_torchrun_runs_the_command_on_two_processes(folders, tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / "alone")
 
 
+def test_run_goes_on_with_another_number_of_processes_at_the_next_sample(folders, tmp_path, monkeypatch):
+    assert train_together(folders, tmp_path, "training.steps=3") == [0, 0]
+    seen = []
+    encode = Trainer._encode
+    monkeypatch.setattr(
+        Trainer, "_encode", lambda self, batch: seen.extend(batch["number"].tolist()) or encode(self, batch)
+    )
+    train(folders, tmp_path, "training.steps=5")
+    assert seen == [12, 13, 14, 15], "two processes have taken 3 steps of 2 samples each"
+    state = checkpoint.read_state(checkpoint.latest(tmp_path))
+    assert (state["step"], state["micro_batches"], state["samples"]) == (5, 8, 16)
+
+
 def train_sharded(folders, out, *overrides):
     """One process of a run under FSDP, as `accelerate launch --use_fsdp` sets it up; only on a CPU it refuses to."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin

@@ -234,11 +234,12 @@ class Trainer:
         if output.log_with:
             accelerator.init_trackers("distill", init_kwargs={"tensorboard": {"purge_step": state["step"] + 1}})
 
-        step = state["step"]
+        step, self._micro_batches = state["step"], state["micro_batches"]
         with _signals() as received, self._progress(step) as bar:
             while step < training.steps:
                 losses = self._step(objective, optimizer, schedule, batches, step)
                 step += 1
+                self._micro_batches += training.gradient_accumulation * accelerator.num_processes
                 bar.update()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
                 if output.log_with and (step % output.log_every == 0 or step == 1):
@@ -330,6 +331,9 @@ class Trainer:
         )
         self.objective.train()
         self.models.model.eval()
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None:  # Accelerate reads it off a DataLoader, and ours is not prepared by it
+            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = training.batch_size
         objective, optimizer = self.accelerator.prepare(self.objective, optimizer)
         if self._sharded:
             self.trainable = self.student.trainable()  # the launcher has put pieces in the place of the parameters
@@ -344,10 +348,6 @@ class Trainer:
         decay = self.recipe.training.ema_decay
         if decay is None:
             return None
-        if self._sharded:
-            raise RecipeError(
-                "recipe", ["training.ema_decay: expected null with FSDP or DeepSpeed (not supported yet)"]
-            )
         return EMAModel(list(self.trainable.values()), decay=decay)
 
     def _agreed(self, received: list[int]) -> int:
@@ -386,8 +386,8 @@ class Trainer:
                     self.student.save(folder / "adapter", self.models)
                 state = {
                     "step": step,
-                    "micro_batches": step * training.gradient_accumulation * accelerator.num_processes,
-                    "samples": step * training.gradient_accumulation * accelerator.num_processes * training.batch_size,
+                    "micro_batches": self._micro_batches,
+                    "samples": self._micro_batches * training.batch_size,
                     "lr_schedule": schedule.state_dict(),
                     "ema_steps": self._average.optimization_step if self._average is not None else 0,
                     "versions": {"linattn": __version__, "torch": torch.__version__},
@@ -443,7 +443,7 @@ class Trainer:
         student, names = self._make_student(), list(self.trainable)
         with torch.no_grad():
             for name, parameter in student.trainable().items():
-                parameter.copy_(next(value for key, value in state.items() if key.endswith(f"model.{name}")))
+                parameter.copy_(next(value for key, value in state.items() if key.endswith(f"student.model.{name}")))
         assert list(student.trainable()) == names
         return student
 
