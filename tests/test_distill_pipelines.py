@@ -132,6 +132,13 @@ def test_drawing_with_a_student_leaves_the_pipeline_its_own_model(models):
     assert models.model is own
 
 
+def test_pickled_weights_are_not_read(tmp_path):
+    tiny_pipeline("sd15").save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.bin").is_file()
+    with pytest.raises(OSError, match="safetensors"):
+        pipelines.load(str(tmp_path))
+
+
 def test_moving_casts_all_but_a_vae_that_asks_for_float32(folders, family):
     models = pipelines.load(str(folders / family))
     models.place(torch.device("cpu"), torch.bfloat16)

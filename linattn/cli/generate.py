@@ -26,6 +26,7 @@ import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from linattn._quiet import quiet_diffusers
 from linattn.paths import instead_of
 
 HELP = "draw a picture from a text, and a JSON beside it that draws it again"
@@ -523,7 +524,7 @@ def _fetch(source: Source, revision: str | None, patterns: list[str]) -> Path:
 def _fetch_pipeline(source: Source) -> None:
     from diffusers import DiffusionPipeline
 
-    with _hub_errors(source), _quiet():
+    with _hub_errors(source), quiet_diffusers():
         source.path = Path(DiffusionPipeline.download(source.name, revision=source.revision, use_safetensors=True))
 
 
@@ -677,7 +678,7 @@ def _weights(request: Request, model: Source, layout: Layout, revision: str | No
             request.weights = _bundled_student(model.name) or "base"
         else:
             request.weights = "published"
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet_diffusers():
         try:
             unet = UNet2DConditionModel.from_config(layout.unet)
             if request.weights == "base":
@@ -702,7 +703,7 @@ def _weights(request: Request, model: Source, layout: Layout, revision: str | No
     if not any(source.path.glob("*.safetensors")):
         raise Problem(f"--weights: {source.name} has no .safetensors file (pickled weights are not read)")
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet_diffusers():
             LinFusion.from_config(config).mount_to(unet)
     except (ValueError, TypeError, KeyError) as error:
         raise Problem(f"--weights: {source.name} does not go with {model.name}: {_line(error)}") from error
@@ -887,19 +888,6 @@ def _arithmetic(request: Request, record: dict | None):
         yield
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without the remarks and bars of the libraries while they load: ours is the one that says how long it takes."""
-    import diffusers.utils.logging as diffusers_logging
-
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(before)
-
-
 def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
     """The pipeline on its device, with its attention and LoRA."""
     import diffusers
@@ -917,7 +905,7 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
         own = inspect.signature(getattr(diffusers, layout.class_name).__call__).parameters["guidance_scale"].default
         request.guidance = BUNDLED_GUIDANCE if bundled else own
     try:
-        with _quiet():
+        with quiet_diffusers():
             # Local files only, whatever the model's configs name: all that is needed was fetched before.
             pipe = kind.from_pretrained(sources["model"].path, dtype=dtype, use_safetensors=True, local_files_only=True)
             pipe.to(request.device, dtype)  # dtype again: older diffusers do not know the argument above
@@ -928,7 +916,7 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
     if request.attention == "linfusion":
         weights = sources["weights"]
         try:
-            with _quiet():
+            with quiet_diffusers():
                 if weights is None:
                     LinFusion.construct_for(pipe, load_pretrained=False)
                 else:
@@ -943,7 +931,7 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
 
 def _load_lora(pipe, path: Path, scale: float) -> None:
     try:
-        with _quiet():
+        with quiet_diffusers():
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora", local_files_only=True)
             found = {name for names in pipe.get_list_adapters().values() for name in names}
             if "lora" in found:

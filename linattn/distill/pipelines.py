@@ -11,12 +11,12 @@ One class per kind of pipeline, found by the class name in `model_index.json`. A
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .._quiet import quiet_diffusers
 from .denoiser import Denoiser, UNetDenoiser
 from .noise import DiscreteSchedule, NoiseSchedule
 
@@ -148,11 +148,11 @@ KINDS = {
 
 
 def load(name_or_path: str, *, revision: str | None = None, variant: str | None = None) -> StableDiffusion:
-    """Load a text-to-image pipeline in float32, without the parts that training has no use for.
+    """Load a text-to-image pipeline in float32, safetensors only, without the parts that training has no use for.
 
     Raises:
         ValueError: not a pipeline that can be distilled; the message lists those that can.
-        OSError: nothing is there, or no network; diffusers' message says what was looked for.
+        OSError: nothing is there, only pickles are, or no network; diffusers' message says what was looked for.
     """
     from diffusers import DiffusionPipeline
 
@@ -167,19 +167,6 @@ def load(name_or_path: str, *, revision: str | None = None, variant: str | None 
     without = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in config}
     if "safety_checker" in config:
         without["requires_safety_checker"] = False
-    with _quiet():
-        pipeline = DiffusionPipeline.from_pretrained(name_or_path, **without, **options)
+    with quiet_diffusers():  # it warns that the safety checker is off, which matters where pictures are served
+        pipeline = DiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **without, **options)
     return kind(pipeline)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """diffusers warns that the safety checker is off, which matters where pictures are served and not here."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
