@@ -115,3 +115,13 @@ def _one_thread():
 one_thread = pytest.fixture(_one_thread, name="one_thread")
 # The same for a whole file: pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 one_thread_in_module = pytest.fixture(_one_thread, name="one_thread_in_module", scope="module")
+
+
+@pytest.fixture
+def diffusers_attention_backend():
+    """diffusers' set_attention_backend changes a setting of the whole process: put back after the test."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    before = registry._active_backend
+    yield
+    registry._active_backend = before

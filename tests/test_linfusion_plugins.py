@@ -61,7 +61,7 @@ FIRST = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread_in_module")
+pytestmark = pytest.mark.usefixtures("one_thread_in_module", "diffusers_attention_backend")
 
 
 def seeded(seed):
@@ -390,15 +390,6 @@ def set_backend(pipe, _):
 def reset_backend(pipe):
     pipe.unet.reset_attention_backend()
     return pipe
-
-
-@pytest.fixture(autouse=True)
-def attention_backend_of_the_process():
-    """set_attention_backend changes diffusers' default for the whole process: not for the next test."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    before = registry._active_backend
-    yield
-    registry._active_backend = before
 
 
 CHANGES, KEEPS = "changes", "unchanged"

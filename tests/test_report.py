@@ -15,13 +15,14 @@ from linattn import backend as backends
 pytest.importorskip("diffusers", reason='the models are diffusers\': pip install "linattn[diffusers]"')
 
 from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 
 import linattn.bundled
 from linattn.adapters import LinearAttnProcessor, LinFusion
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+pytestmark = pytest.mark.usefixtures("diffusers_attention_backend")
 
 
 def small_unet():
@@ -62,15 +63,6 @@ def mounted_unet():
 def layer(model, name=FIRST):
     (found,) = [layer for layer in linattn.report(model).layers if layer.name == name]
     return found
-
-
-@pytest.fixture(autouse=True)
-def dispatcher_as_it_was():
-    """set_attention_backend changes a setting of the whole process."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    before = registry._active_backend
-    yield
-    registry._active_backend = before
 
 
 # ---- what runs --------------------------------------------------------------------------------------------------
