@@ -8,6 +8,7 @@ from . import reference
 from ._version import __version__
 from .backend import use_backend
 from .ops.linear_attention import linear_attention, linear_attention_apply, linear_attention_state
+from .ops.window_attention import pool_tokens, window_attention
 
 # The function shadows the module of its name, which loads nothing but torch. (Were it imported on first use, importing
 # anything from linattn.report would put the module in the function's place.)
@@ -18,7 +19,9 @@ __all__ = [
     "linear_attention",
     "linear_attention_apply",
     "linear_attention_state",
+    "pool_tokens",
     "reference",
     "report",
     "use_backend",
+    "window_attention",
 ]

@@ -9,7 +9,13 @@ Half precision is computed in float32 and rounded once at the end; float32 and f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+
+from . import geometry
 
 Tensor = torch.Tensor
 
@@ -140,3 +146,177 @@ def linear_attention_state_backward(
         return ((grad_phi + grad_k_sum) * feature_slope(k, feature_map)).to(dtype), grad_v.to(dtype), None
     grad_kd = grad_k_sum * feature_slope(k_denom, feature_map)
     return (grad_phi * feature_slope(k, feature_map)).to(dtype), grad_v.to(dtype), grad_kd.to(dtype)
+
+
+# ------------------------------------------------------------------- family B: two-dimensional sliding-window attention
+
+#: Scores that exist at one time, over all heads: what bounds the memory of the definition at any number of tokens.
+_SCORES_AT_ONCE = 2**22
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height: int,
+    width: int,
+    radius: int,
+    text_length: int = 0,
+    pooled_k: Tensor | None = None,
+    pooled_v: Tensor | None = None,
+    scale: float | None = None,
+    text_first: bool = True,
+    q_row: int = 0,
+    q_text_length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query over the keys that it sees: (out (B, H, Nq, D), lse (B, H, Nq)).
+
+    A text query sees all text and image keys; an image query sees all text keys, the image keys within the disk
+    around it, and all pooled keys. lse is the natural logarithm of the sum of exp(scale q.k) over those keys.
+    """
+    dtype = q.dtype
+    q, k, v, pooled_k, pooled_v = (_wide(x) for x in (q, k, v, pooled_k, pooled_v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outs, lses = [q[:, :, :0]], [q[:, :, :0, 0]]
+    pooled = 0 if pooled_k is None else pooled_k.shape[2]
+    q_text_length = text_length if q_text_length is None else q_text_length
+    for visit in _visits(q, height, width, radius, text_length, pooled, text_first, q_row, q_text_length):
+        scores = _scores(scale * q[:, :, visit.queries], k, pooled_k, visit)
+        outs.append(torch.softmax(scores, -1) @ _gather(v, pooled_v, visit))
+        lses.append(torch.logsumexp(scores, -1))
+    return torch.cat(outs, 2).to(dtype), torch.cat(lses, 2)
+
+
+def window_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_k: Tensor | None,
+    pooled_v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    radius: int,
+    text_length: int,
+    text_first: bool,
+    q_row: int,
+    q_text_length: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `window_attention`: (grad_q, grad_k, grad_v, grad_pooled_k, grad_pooled_v).
+
+    Derivation in docs/window_attention.md. Probabilities are computed again from lse, and one number per query holds
+    both what normalisation and what the gradient of lse add: delta_i = grad_out_i . out_i - grad_lse_i.
+    """
+    dtype = q.dtype
+    q, k, v, pooled_k, pooled_v, grad_out, out = (_wide(x) for x in (q, k, v, pooled_k, pooled_v, grad_out, out))
+    delta = (grad_out * out).sum(-1) if grad_lse is None else (grad_out * out).sum(-1) - grad_lse
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+    grad_pk, grad_pv = (None if x is None else torch.zeros_like(x) for x in (pooled_k, pooled_v))
+    pooled = 0 if pooled_k is None else pooled_k.shape[2]
+    for visit in _visits(q, height, width, radius, text_length, pooled, text_first, q_row, q_text_length):
+        queries = visit.queries
+        grad = grad_out[:, :, queries]
+        p = torch.exp(_scores(scale * q[:, :, queries], k, pooled_k, visit) - lse[:, :, queries, None])
+        ds = p * (grad @ _gather(v, pooled_v, visit).mT - delta[:, :, queries, None])
+        grad_q[:, :, queries] = scale * (ds @ _gather(k, pooled_k, visit))
+        _scatter(scale * (ds.mT @ q[:, :, queries]), grad_k, grad_pk, visit)
+        _scatter(p.mT @ grad, grad_v, grad_pv, visit)
+    return tuple(None if x is None else x.to(dtype) for x in (grad_q, grad_k, grad_v, grad_pk, grad_pv))
+
+
+class _Visit(NamedTuple):
+    """Some queries, and the keys that at least one of them sees: slices of k, and the pooled ones or not."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    with_pooled: bool
+    mask: Tensor | None  # None: each of the queries sees each of the keys
+
+
+def _visits(q, height, width, radius, text_length, pooled, text_first, q_row, q_text_length) -> Iterator[_Visit]:
+    """Chunks of queries, in the order of q: of text over all keys, of the image over the rows that the disk reaches."""
+    radius = geometry.sufficient_radius(height, width, radius)
+    text, image = geometry.segments(text_length, height * width, text_first)
+    q_text, q_image = geometry.segments(q_text_length, q.shape[2] - q_text_length, text_first)
+    budget = _SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1])
+
+    def chunks(part: slice, keys: int) -> Iterator[slice]:
+        # The square root, because a chunk of more than one row reaches more rows of keys as well.
+        step = max(1, min(budget // max(1, keys), math.isqrt(budget)))
+        for first in range(part.start, part.stop, step):
+            yield slice(first, min(first + step, part.stop))
+
+    def of_text() -> Iterator[_Visit]:
+        for queries in chunks(q_text, text_length + height * width):
+            yield _Visit(queries, (slice(0, text_length + height * width),), False, None)
+
+    def of_image() -> Iterator[_Visit]:
+        for queries in chunks(q_image, text_length + min(height, 2 * radius) * width + pooled):
+            token = torch.arange(queries.start - q_image.start, queries.stop - q_image.start, device=q.device)
+            y, x = (q_row + token // width)[:, None], (token % width)[:, None]
+            rows = geometry.halo(int(y[0]), int(y[-1] - y[0]) + 1, height, radius)
+            key = torch.arange(rows.first * width, rows.stop * width, device=q.device)
+            mask = geometry.in_disk(y - key // width, x - key % width, radius)
+            mask = torch.cat([mask.new_ones(len(token), text_length), mask, mask.new_ones(len(token), pooled)], 1)
+            window = slice(image.start + rows.first * width, image.start + rows.stop * width)
+            yield _Visit(queries, (text, window), pooled > 0, mask)
+
+    for part in (of_text, of_image) if text_first else (of_image, of_text):
+        yield from part()
+
+
+def _gather(x: Tensor, pooled: Tensor | None, visit: _Visit) -> Tensor:
+    return torch.cat([*(x[:, :, part] for part in visit.keys), *([pooled] if visit.with_pooled else [])], 2)
+
+
+def _scatter(grad: Tensor, grad_x: Tensor, grad_pooled: Tensor | None, visit: _Visit) -> None:
+    """Add a gradient of what `_gather` gave to the gradients of what it was given."""
+    targets = [*(grad_x[:, :, part] for part in visit.keys), *([grad_pooled] if visit.with_pooled else [])]
+    for target, part in zip(targets, grad.split([x.shape[2] for x in targets], 2), strict=True):
+        target += part
+
+
+def _scores(q: Tensor, k: Tensor, pooled_k: Tensor | None, visit: _Visit) -> Tensor:
+    scores = q @ _gather(k, pooled_k, visit).mT
+    return scores if visit.mask is None else scores.masked_fill(~visit.mask, float("-inf"))
+
+
+def pool_tokens(x: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """Weighted sum of each f x f patch of the grid; a patch that runs over the edge reads the nearest token."""
+    dtype = x.dtype
+    x = _wide(x)
+    pooled = torch.einsum("bhyixjd,ij->bhyxd", _patches(x, weight, height, width), weight.to(x.dtype))
+    return pooled.flatten(2, 3).to(dtype)
+
+
+def pool_tokens_backward(grad_out: Tensor, x: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `pool_tokens`: (grad_x, grad_weight), grad_weight float32 (float64 for float64)."""
+    dtype = x.dtype
+    x, grad_out = _wide(x), _wide(grad_out)
+    weight = weight.to(x.dtype)
+    rows, columns = _clamped(weight.shape[0], height, width, x.device)
+    grad = grad_out.unflatten(2, geometry.pooled_size(height, width, weight.shape[0]))
+    grad_weight = torch.einsum("bhyixjd,bhyxd->ij", _patches(x, weight, height, width), grad)
+    spread = torch.einsum("bhyxd,ij->bhyixjd", grad, weight).flatten(4, 5).flatten(2, 3)
+    grad_x = x.new_zeros(*x.shape[:2], height, columns.numel(), x.shape[3]).index_add_(2, rows, spread)
+    grad_x = x.new_zeros(*x.shape[:2], height, width, x.shape[3]).index_add_(3, columns, grad_x)
+    return grad_x.flatten(2, 3).to(dtype), grad_weight
+
+
+def _clamped(factor: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The row and the column that each row and column of the patches reads."""
+    sizes = zip(geometry.pooled_size(height, width, factor), (height, width), strict=True)
+    return tuple(torch.arange(n * factor, device=device).clamp(max=size - 1) for n, size in sizes)
+
+
+def _patches(x: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, height * width, D) -> (B, H, rows of patches, f, columns of patches, f, D)."""
+    factor = weight.shape[0]
+    rows, columns = _clamped(factor, height, width, x.device)
+    x = x.unflatten(2, (height, width)).index_select(2, rows).index_select(3, columns)
+    n, m = geometry.pooled_size(height, width, factor)
+    return x.unflatten(3, (m, factor)).unflatten(2, (n, factor))

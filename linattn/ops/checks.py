@@ -53,11 +53,17 @@ def rank(op: str, name: str, x: torch.Tensor, letters: str) -> None:
         raise ValueError(f"{op}: {name} must have shape ({letters}), got {tuple(x.shape)}")
 
 
-def head_dim(op: str, name: str, x: torch.Tensor) -> None:
+def head_dim(op: str, name: str, x: torch.Tensor, supported: range = HEAD_DIMS) -> None:
     """The last size of x is a supported head dim."""
-    low, high = HEAD_DIMS.start, HEAD_DIMS.stop - 1
+    low, high = supported.start, supported.stop - 1
     if x.shape[-1] < low or x.shape[-1] > high:
         raise ValueError(f"{op}: the head dim of {name} must be in {low}..{high}, got {x.shape[-1]}")
+
+
+def at_least(op: str, name: str, value: int, least: int) -> None:
+    """value >= least."""
+    if value < least:
+        raise ValueError(f"{op}: {name} must be >= {least}, got {value}")
 
 
 def choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:

@@ -14,8 +14,11 @@ Three kinds of op live in the namespace `linattn`:
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 
 import torch
 
@@ -47,29 +50,39 @@ def overload(name: str) -> torch._ops.OpOverload:
 # ------------------------------------------------------------------------------------------------- kernel ops
 
 
-def define_kernels(name: str, arguments: str, reference: Callable, triton: Callable) -> Callable[[str], Callable]:
+def define_kernels(
+    name: str, arguments: str, reference: Callable, triton: Callable | None
+) -> Callable[[str], Callable]:
     """Define `_<name>_<backend>(arguments) -> ()` for every backend and return `kernel(backend) -> callable`.
 
-    `reference` and `triton` implement it from Python; compiled libraries register theirs when they are loaded, before
-    or after this call.
+    `reference` and `triton` implement it from Python (None: there is no such kernel); compiled libraries register
+    theirs when they are loaded, before or after this call.
     """
     name = "_" + name.lstrip("_")
     python = {"reference": reference, "triton": triton}
     for which in backend.BACKENDS:
         op = f"{name}_{which}"
         _library.define(f"{op}({arguments}) -> ()")
-        if which in python:
+        if python.get(which) is not None:
             _library.impl(op, python[which], "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op}", lambda *args, **kwargs: None, lib=_library)
     return functools.cache(lambda which: overload(f"{name}_{which}"))
 
 
-def lazy(module: str, function: str) -> Callable:
-    """A callable that imports `linattn.<module>` when it is first called: `import linattn` stays free of triton."""
+def lazy(module: str, function: str) -> Callable | None:
+    """A callable that imports `linattn.<module>` when it is first called: `import linattn` stays free of triton.
+
+    None where there is no such module: a family may be without kernels for a backend.
+    """
+    module = f"{NAMESPACE}.{module}"
+    # importlib.util.find_spec(module) would import the package that it lies in.
+    package = importlib.util.find_spec(module.rpartition(".")[0])
+    if package is None or PathFinder.find_spec(module, package.submodule_search_locations) is None:
+        return None
 
     @functools.cache
     def resolve() -> Callable:
-        return getattr(__import__(f"{NAMESPACE}.{module}", fromlist=[function]), function)
+        return getattr(importlib.import_module(module), function)
 
     return lambda *args: resolve()(*args)
 
@@ -116,6 +129,7 @@ class Op:
     backward    backward(ctx, *grads): as in torch.library.register_autograd. Without them differentiation raises.
     cast        arguments that autocast converts to its active type (as SDPA does: float64 stays).
     flops       flops(*shapes and values, out_shape), which linattn.flops hands to torch.utils.flop_counter.
+    unbatched   arguments and results that do not begin with a batch dimension.
     """
 
     schema: str
@@ -128,6 +142,7 @@ class Op:
     backward: Callable | None = None
     cast: tuple[str, ...] = ()
     flops: Callable | None = None
+    unbatched: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -166,7 +181,7 @@ def register(op: Op) -> torch._ops.OpOverload:
     torch.library.register_autograd(
         qualified, op.backward or _raise_double_backward(name), setup_context=setup_context, lib=_library
     )
-    torch.library.register_vmap(qualified, _batch_rule(overloaded), lib=_library)
+    torch.library.register_vmap(qualified, _batch_rule(overloaded, op.unbatched), lib=_library)
     _register_autocast(name, overloaded, bound, op.cast)
     if op.flops is not None:
         _flop_formulas[name] = op.flops
@@ -220,10 +235,28 @@ def _register_autocast(name: str, op, bound: _Arguments, cast: Sequence[str]) ->
         _library.impl(name, kernel_for(device_type, key), key)
 
 
-def _batch_rule(op) -> Callable:
-    """vmap as a reshape: every tensor of every op begins with a batch dimension, the mapped one is folded into it."""
+def _batch_rule(op, unbatched: Sequence[str] = ()) -> Callable:
+    """vmap as a reshape: tensors begin with a batch dimension, and the mapped one is folded into it.
+
+    A tensor without a batch dimension has no place for it. Where one is mapped, or is a result, vmap is a loop.
+    """
+    schema = op._schema
+    without = [argument.name in unbatched for argument in schema.arguments]
+    always_loops = any(result.name in unbatched for result in schema.returns)
+
+    def loop(info, in_dims, *args):
+        def call(i):
+            pairs = zip(args, in_dims, strict=True)
+            return op(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+
+        outputs = [call(i) for i in range(info.batch_size)]
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
     def rule(info, in_dims, *args):
+        if always_loops or any(w and dim is not None for w, dim in zip(without, in_dims, strict=False)):
+            return loop(info, in_dims, *args)
         size = info.batch_size
         batch = None
 
@@ -235,7 +268,8 @@ def _batch_rule(op) -> Callable:
             batch = x.shape[1]
             return x.flatten(0, 1)
 
-        outputs = op(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        triples = zip(args, in_dims, without, strict=False)
+        outputs = op(*(x if w else fold(x, dim) for x, dim, w in triples))
 
         def unfold(x):
             # A result that the arguments made superfluous is empty and has no batch dimension (see `superfluous`).
@@ -256,8 +290,10 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def empty_like_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+def empty_like_heads(x: torch.Tensor, head_dim: int, tokens: int | None = None) -> torch.Tensor:
     """Empty (B, H, N, head_dim), dense in the stride order of x (B, H, N, *), the head dim innermost.
+
+    N is that of x unless `tokens` is given.
 
     With diffusers' (B, N, H, D) tensors seen as (B, H, N, D), flattening the result back to (B, N, H * D) is a view.
     """
@@ -265,11 +301,12 @@ def empty_like_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     loose = [dim for dim in range(3) if x.shape[dim] == 1 or x.stride(dim) == 0]
     tight = [dim for dim in range(3) if dim not in loose]
     order = loose + sorted(tight, key=functools.cmp_to_key(lambda a, b: -1 if x.stride(a) > x.stride(b) else 1))
+    shape = (*x.shape[:2], x.shape[2] if tokens is None else tokens, head_dim)
     strides, step = [0, 0, 0, 1], head_dim
     for dim in reversed(order):
         strides[dim] = step
-        step = step * x.shape[dim]
-    return torch.empty_strided((*x.shape[:3], head_dim), strides, dtype=x.dtype, device=x.device)
+        step = step * shape[dim]
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
 def superfluous(x: torch.Tensor) -> torch.Tensor:
