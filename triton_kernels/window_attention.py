@@ -66,24 +66,27 @@ def _floor_div(n, STEP: tl.constexpr):
 
 
 @triton.jit
-def _rows_in_reach(y0, y_first, y_end, radius, OWN_Y: tl.constexpr, Y: tl.constexpr):
-    """Rows lo .. hi of tiles that the own tile, at row y0, may reach. Tile row j begins at grid row y0 + j * Y."""
-    lo = -tl.minimum((radius + Y - 2) // Y, _floor_div(y0 + Y - 1 - y_first, Y))
-    hi = tl.minimum((radius + OWN_Y - 2) // Y, _floor_div(y_end - 1 - y0, Y)) + 1
+def _within(index, size):
+    """0 <= index < size in one comparison (size >= 0)."""
+    return index.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def _rows_in_reach(y0, rows, radius, OWN_Y: tl.constexpr, Y: tl.constexpr):
+    """Rows lo .. hi of tiles that the own tile, at row y0, may reach. Tile row j begins at row y0 + j * Y."""
+    lo = -tl.minimum((radius + Y - 2) // Y, _floor_div(y0 + Y - 1, Y))
+    hi = tl.minimum((radius + OWN_Y - 2) // Y, _floor_div(rows - 1 - y0, Y)) + 1
     return lo, hi
 
 
 @triton.jit
-def _reach(
-    j, y0, x0, y_first, y_end, width, radius,
-    OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
+def _reach(j, y0, x0, rows, width, radius, OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr):
     """Tiles c of tile row j that hold a live pair: [lo, hi); those that hold nothing else: [whole_lo, whole_hi).
 
-    Tile (j, c) begins at (y0 + j * Y, x0 + c * X), relative to the own tile of OWN_Y x OWN_X; the grid it lies in has
-    rows y_first .. y_end. It is touched if its nearest pair is live, whole if its farthest is and it lies inside the
-    grid. A row of whole tiles only gives one of them away, so that every row has a partial tile to step over.
-    Rows nearer to the own tile reach further, so the rows that keep whole tiles are neighbours.
+    Tile (j, c) begins at (y0 + j * Y, x0 + c * X) of a grid of rows x width; the own tile, OWN_Y x OWN_X, at (y0, x0),
+    which may lie above or below that grid (strips). A tile is touched if its nearest pair is live, whole if its
+    farthest is and it lies inside the grid. A row of whole tiles only gives one of them away, so that every row has a
+    partial tile to step over. Rows nearer to the own tile reach further, so the rows with whole tiles are neighbours.
     """
     oy = j * Y
     inside = radius * radius - 1
@@ -96,7 +99,7 @@ def _reach(
     cover = _root(tl.maximum(left, 0))
     whole_lo = -tl.minimum(tl.maximum(cover - (OWN_X - 1), 0) // X, x0 // X)
     whole_hi = tl.minimum(tl.maximum(cover - (X - 1), 0) // X + 1, (width - x0) // X)
-    some = (left >= 0) & (cover >= OWN_X - 1) & (cover >= X - 1) & (y0 + oy >= y_first) & (y0 + oy + Y <= y_end)
+    some = (left >= 0) & (cover >= OWN_X - 1) & (cover >= X - 1) & (y0 + oy >= 0) & (y0 + oy + Y <= rows)
     whole_hi = tl.where((whole_lo == lo) & (whole_hi == hi), whole_hi - 1, whole_hi)
     some = some & (whole_lo < whole_hi)
     return lo, tl.where(some, whole_lo, hi), tl.where(some, whole_hi, hi), hi
@@ -104,26 +107,24 @@ def _reach(
 
 @triton.jit
 def _partial_row(
-    j, y0, x0, y_first, y_end, width, radius,
-    OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
+    j, y0, x0, rows, width, radius, OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr
+):
     """(first partial tile, whole_lo, whole_hi, hi) of tile row j."""
-    lo, whole_lo, whole_hi, hi = _reach(j, y0, x0, y_first, y_end, width, radius, OWN_Y, OWN_X, Y, X)
+    lo, whole_lo, whole_hi, hi = _reach(j, y0, x0, rows, width, radius, OWN_Y, OWN_X, Y, X)
     return tl.where(lo == whole_lo, whole_hi, lo), whole_lo, whole_hi, hi
 
 
 @triton.jit
 def _count_tiles(
-    y0, x0, y_first, y_end, width, radius,
-    OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
+    y0, x0, rows, width, radius, OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr
+):
     """(first tile row, partial tiles, first tile row with a whole tile, whole tiles)"""
-    row_lo, row_hi = _rows_in_reach(y0, y_first, y_end, radius, OWN_Y, Y)
+    row_lo, row_hi = _rows_in_reach(y0, rows, radius, OWN_Y, Y)
     partial = 0
     whole = 0
     whole_row = row_lo
     for j in range(row_lo, row_hi):
-        lo, whole_lo, whole_hi, hi = _reach(j, y0, x0, y_first, y_end, width, radius, OWN_Y, OWN_X, Y, X)
+        lo, whole_lo, whole_hi, hi = _reach(j, y0, x0, rows, width, radius, OWN_Y, OWN_X, Y, X)
         whole_row = tl.where((whole == 0) & (whole_lo < whole_hi), j, whole_row)
         whole += whole_hi - whole_lo
         partial += hi - lo - (whole_hi - whole_lo)
@@ -132,32 +133,26 @@ def _count_tiles(
 
 @triton.jit
 def _live(
-    score, dead, oy, ox, y0, x0, y_first, y_end, width, radius,
+    score, dead, oy, ox, y0, x0, rows, width, radius,
     OWN_Y: tl.constexpr, OWN_X: tl.constexpr, Y: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """score [OWN_Y * OWN_X, Y * X] where the pair is live, dead elsewhere; the other tile begins oy, ox away."""
-    own_y = tl.arange(0, OWN_Y)
-    own_x = tl.arange(0, OWN_X)
     y = oy + tl.arange(0, Y)
     x = ox + tl.arange(0, X)
-    dy = y[None, :] - own_y[:, None]
-    dx = x[None, :] - own_x[:, None]
-    room = radius * radius - dy * dy
-    room = tl.where(((y0 + y >= y_first) & (y0 + y < y_end))[None, :], room, -1)  # outside the grid
-    square = dx * dx
-    square = tl.where(((x0 + x >= 0) & (x0 + x < width))[None, :], square, 2147483647)
+    dy = y[None, :] - tl.arange(0, OWN_Y)[:, None]
+    dx = x[None, :] - tl.arange(0, OWN_X)[:, None]
+    room = tl.where(_within(y0 + y, rows)[None, :], radius * radius - dy * dy, 0)  # nothing is closer than 0
+    square = tl.where(_within(x0 + x, width)[None, :], dx * dx, 2147483647)
     pairs = tl.reshape(score, [OWN_Y, OWN_X, Y, X])
     pairs = tl.where(square[None, :, None, :] < room[:, None, :, None], pairs, dead)
     return tl.reshape(pairs, [OWN_Y * OWN_X, Y * X])
 
 
 @triton.jit
-def _tile_live(y, x, y_first, y_end, width, Y: tl.constexpr, X: tl.constexpr):
+def _tile_live(y, x, rows, width, Y: tl.constexpr, X: tl.constexpr):
     """Which tokens of the tile that begins at (y, x) exist."""
     n = tl.arange(0, Y * X)
-    y = y + n // X
-    x = x + n % X
-    return (y >= y_first) & (y < y_end) & (x >= 0) & (x < width)
+    return _within(y + n // X, rows) & _within(x + n % X, width)
 
 
 @triton.jit
@@ -238,7 +233,7 @@ def image_forward_kernel(
 
     n = tl.arange(0, QUERY_Y * QUERY_X)
     token = n // QUERY_X * width + n % QUERY_X
-    live = _tile_live(strip_y, x0, 0, q_rows, width, QUERY_Y, QUERY_X)
+    live = _tile_live(strip_y, x0, q_rows, width, QUERY_Y, QUERY_X)
     first = q_image + strip_y.to(tl.int64) * width + x0
     q = load_rows(Q + b * q_sb * UNIT + h * q_sh * UNIT + first * q_sn * UNIT, token, live, q_sn, UNIT, 0, D, BLOCK_D,
                   True, FITS)  # fmt: skip
@@ -255,28 +250,26 @@ def image_forward_kernel(
     VI = V + start * v_sn * UNIT
     n = tl.arange(0, KEY_Y * KEY_X)
     key = n // KEY_X * width + n % KEY_X
-    j, partial, whole_row, whole = _count_tiles(y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
-    c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+    j, partial, whole_row, whole = _count_tiles(y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+    c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
     for _ in range(partial):
         oy = j * KEY_Y
         ox = c * KEY_X
         at = oy.to(tl.int64) * width + ox
-        inside = _tile_live(y0 + oy, x0 + ox, 0, height, width, KEY_Y, KEY_X)
+        inside = _tile_live(y0 + oy, x0 + ox, height, width, KEY_Y, KEY_X)
         k = load_rows(KI + at * k_sn * UNIT, key, inside, k_sn, UNIT, 0, D, BLOCK_D, True, FITS)
         v = load_rows(VI + at * v_sn * UNIT, key, inside, v_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        score = _live(_product(q, tl.trans(k)), float("-inf"), oy, ox, y0, x0, 0, height, width, radius, QUERY_Y,
+        score = _live(_product(q, tl.trans(k)), float("-inf"), oy, ox, y0, x0, height, width, radius, QUERY_Y,
                       QUERY_X, KEY_Y, KEY_X)  # fmt: skip
         acc, m, l = _attend(score, v, acc, m, l, sc)
         c += 1
         c = tl.where(c == whole_lo, whole_hi, c)
         if c >= hi:
             j += 1
-            c, whole_lo, whole_hi, hi = _partial_row(
-                j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X
-            )
+            c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
 
     j = whole_row
-    _lo, c, whole_hi, _hi = _reach(j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+    _lo, c, whole_hi, _hi = _reach(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
     for _ in range(whole):
         at = (j * KEY_Y).to(tl.int64) * width + c * KEY_X
         k = load_rows(KI + at * k_sn * UNIT, key, live, k_sn, UNIT, 0, D, BLOCK_D, False, FITS)
@@ -285,7 +278,7 @@ def image_forward_kernel(
         c += 1
         if c >= whole_hi:
             j += 1
-            _lo, c, whole_hi, _hi = _reach(j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+            _lo, c, whole_hi, _hi = _reach(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
 
     if HAS_POOLED:
         PK += b * pk_sb * UNIT + h * pk_sh * UNIT
@@ -431,7 +424,7 @@ def image_grad_query_kernel(
 
     n = tl.arange(0, QUERY_Y * QUERY_X)
     token = n // QUERY_X * width + n % QUERY_X
-    live = _tile_live(strip_y, x0, 0, q_rows, width, QUERY_Y, QUERY_X)
+    live = _tile_live(strip_y, x0, q_rows, width, QUERY_Y, QUERY_X)
     first = q_image + strip_y.to(tl.int64) * width + x0
     at = row.to(tl.int64) * queries + first
     g = load_rows(G + b * g_sb * UNIT + h * g_sh * UNIT + first * g_sn * UNIT, token, live, g_sn, UNIT, 0, D, BLOCK_D,
@@ -455,28 +448,26 @@ def image_grad_query_kernel(
     VI = V + start * v_sn * UNIT
     n = tl.arange(0, KEY_Y * KEY_X)
     key = n // KEY_X * width + n % KEY_X
-    j, partial, whole_row, whole = _count_tiles(y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
-    c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+    j, partial, whole_row, whole = _count_tiles(y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+    c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
     for _ in range(partial):
         oy = j * KEY_Y
         ox = c * KEY_X
         at = oy.to(tl.int64) * width + ox
-        inside = _tile_live(y0 + oy, x0 + ox, 0, height, width, KEY_Y, KEY_X)
+        inside = _tile_live(y0 + oy, x0 + ox, height, width, KEY_Y, KEY_X)
         k = load_rows(KI + at * k_sn * UNIT, key, inside, k_sn, UNIT, 0, D, BLOCK_D, True, FITS)
         v = load_rows(VI + at * v_sn * UNIT, key, inside, v_sn, UNIT, 0, D, BLOCK_D, True, FITS)
         _, ds = _p_and_ds(q, k, g, v, lse[:, None], delta[:, None], sc)
-        ds = _live(ds, 0.0, oy, ox, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+        ds = _live(ds, 0.0, oy, ox, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
         gq = _product(ds.to(k.dtype), k, gq)
         c += 1
         c = tl.where(c == whole_lo, whole_hi, c)
         if c >= hi:
             j += 1
-            c, whole_lo, whole_hi, hi = _partial_row(
-                j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X
-            )
+            c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
 
     j = whole_row
-    _lo, c, whole_hi, _hi = _reach(j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+    _lo, c, whole_hi, _hi = _reach(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
     for _ in range(whole):
         at = (j * KEY_Y).to(tl.int64) * width + c * KEY_X
         k = load_rows(KI + at * k_sn * UNIT, key, live, k_sn, UNIT, 0, D, BLOCK_D, False, FITS)
@@ -486,7 +477,7 @@ def image_grad_query_kernel(
         c += 1
         if c >= whole_hi:
             j += 1
-            _lo, c, whole_hi, _hi = _reach(j, y0, x0, 0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
+            _lo, c, whole_hi, _hi = _reach(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
 
     if HAS_POOLED:
         PK += b * pk_sb * UNIT + h * pk_sh * UNIT
@@ -589,7 +580,7 @@ def image_grad_key_kernel(
 
     n = tl.arange(0, KEY_Y * KEY_X)
     token = n // KEY_X * width + n % KEY_X
-    live = _tile_live(y0, x0, 0, height, width, KEY_Y, KEY_X)
+    live = _tile_live(y0, x0, height, width, KEY_Y, KEY_X)
     first = k_image + y0.to(tl.int64) * width + x0
     k = load_rows(K + b * k_sb * UNIT + h * k_sh * UNIT + first * k_sn * UNIT, token, live, k_sn, UNIT, 0, D, BLOCK_D,
                   True, FITS)  # fmt: skip
@@ -606,28 +597,28 @@ def image_grad_key_kernel(
     gk, gv = _grad_key_dense(k, v, Q + at * q_sn * UNIT, G + at * g_sn * UNIT, LSE + at, DELTA + at, q_texts, q_sn,
                              g_sn, gk, gv, sc, D, BLOCK_D, UNIT, QUERY_Y * QUERY_X)  # fmt: skip
 
-    # The query at the key tile's first place; where that lies outside the strip nothing is read there.
-    start = q_image + (y0 - q_row).to(tl.int64) * width + x0
+    # From here on rows count from the strip's first. The tile's first place may lie outside: nothing is read there.
+    y0 -= q_row
+    start = q_image + y0.to(tl.int64) * width + x0
     Q += start * q_sn * UNIT
     G += start * g_sn * UNIT
     LSE += start
     DELTA += start
-    y_end = q_row + q_rows
     n = tl.arange(0, QUERY_Y * QUERY_X)
     query = n // QUERY_X * width + n % QUERY_X
-    j, partial, whole_row, whole = _count_tiles(y0, x0, q_row, y_end, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
-    c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, q_row, y_end, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
+    j, partial, whole_row, whole = _count_tiles(y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
+    c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
     for _ in range(partial):
         oy = j * QUERY_Y
         ox = c * QUERY_X
         at = oy.to(tl.int64) * width + ox
-        inside = _tile_live(y0 + oy, x0 + ox, q_row, y_end, width, QUERY_Y, QUERY_X)
+        inside = _tile_live(y0 + oy, x0 + ox, q_rows, width, QUERY_Y, QUERY_X)
         q = load_rows(Q + at * q_sn * UNIT, query, inside, q_sn, UNIT, 0, D, BLOCK_D, True, FITS)
         g = load_rows(G + at * g_sn * UNIT, query, inside, g_sn, UNIT, 0, D, BLOCK_D, True, FITS)
         lse = tl.load(LSE + at + query, mask=inside, other=0.0) * _LOG2E
         delta = tl.load(DELTA + at + query, mask=inside, other=0.0)
         p = tl.exp2(_product(k, tl.trans(q)) * sc - lse[None, :])
-        p = _live(p, 0.0, oy, ox, y0, x0, q_row, y_end, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
+        p = _live(p, 0.0, oy, ox, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
         ds = p * (_product(v, tl.trans(g)) - delta[None, :])
         gv = _product(p.to(g.dtype), g, gv)
         gk = _product(ds.to(q.dtype), q, gk)
@@ -635,12 +626,10 @@ def image_grad_key_kernel(
         c = tl.where(c == whole_lo, whole_hi, c)
         if c >= hi:
             j += 1
-            c, whole_lo, whole_hi, hi = _partial_row(
-                j, y0, x0, q_row, y_end, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X
-            )
+            c, whole_lo, whole_hi, hi = _partial_row(j, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
 
     j = whole_row
-    _lo, c, whole_hi, _hi = _reach(j, y0, x0, q_row, y_end, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
+    _lo, c, whole_hi, _hi = _reach(j, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
     for _ in range(whole):
         at = (j * QUERY_Y).to(tl.int64) * width + c * QUERY_X
         q = load_rows(Q + at * q_sn * UNIT, query, live, q_sn, UNIT, 0, D, BLOCK_D, False, FITS)
@@ -653,7 +642,7 @@ def image_grad_key_kernel(
         c += 1
         if c >= whole_hi:
             j += 1
-            _lo, c, whole_hi, _hi = _reach(j, y0, x0, q_row, y_end, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
+            _lo, c, whole_hi, _hi = _reach(j, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
 
     store_rows(GK + b * gk_sb * UNIT + h * gk_sh * UNIT + first * gk_sn * UNIT, gk * scale, token, live, gk_sn, UNIT, 0,
                D, BLOCK_D, True, FITS)  # fmt: skip
