@@ -1,0 +1,503 @@
+"""Score a model that draws canvases of handwritten digits: stock attention, controls, and linear attention.
+
+Every variant draws the same held-out orders of digits with the same seeds. A judge trained on real digits reads them;
+the tables give exact-sequence accuracy, Frechet distances to real canvases, the difference to the teacher seed by seed,
+and diversity, all with 95 % intervals, beside what real digits score in the same way. The JSON has every figure, what
+was read in every picture, and the command that gives the same figures again. (docs: linattn.evaluate)
+
+variants:
+  teacher   the model as it is
+  zeroed    every self-attention gives zeros: what is possible without any
+  before    linear attention (LinFusion) with the model's own projections, not distilled
+  after     linear attention with the weights of --student
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from linattn._quiet import quiet_diffusers
+from linattn.cli import generate
+from linattn.cli.generate import Problem
+
+if TYPE_CHECKING:
+    from linattn.evaluate import Evaluation, Variant
+
+HELP = "scores of a model that draws digits: accuracy, Frechet distance, diversity, with intervals"
+
+#: Names the layout of the JSON; another layout gets another number.
+FORMAT = "linattn eval 1"
+TITLES = {
+    "teacher": "teacher: stock attention",
+    "zeroed": "zeroed: no attention",
+    "before": "before distillation",
+    "after": "after distillation",
+}
+DEFAULTS = {"n": 100, "digits": [2, 3, 4], "steps": 15}
+QUICK = {"n": 8, "digits": [3], "steps": 8}
+LARGEST_SEED = 2**63 - 1
+
+EXAMPLES = """\
+examples:
+  linattn eval --quick
+  linattn eval --out scores.json --pictures drawn
+  linattn eval --model ./my_pipeline --student ./my_student --digits 3 --n 300 --variants teacher after
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME|FOLDER", help="bundled name, folder or hub name of a pipeline [the bundled one]"
+    )
+    parser.add_argument(
+        "--student",
+        metavar="NAME|FOLDER",
+        help="LinFusion weights: bundled name, folder or hub name [for a bundled model its bundled student]",
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(TITLES), metavar="VARIANT", help=f"of {', '.join(TITLES)} [all]"
+    )
+    parser.add_argument(
+        "--n", type=int, help=f"pictures per number of digits, and of seen orders [{DEFAULTS['n']}; quick {QUICK['n']}]"
+    )
+    parser.add_argument(
+        "--digits",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help=f"numbers of digits on a canvas [{_words(DEFAULTS['digits'])}; quick {_words(QUICK['digits'])}]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of orders, noise and real canvases [0]")
+    parser.add_argument("--steps", type=int, help=f"denoising steps [{DEFAULTS['steps']}; quick {QUICK['steps']}]")
+    parser.add_argument("--guidance", type=float, default=2.5, metavar="SCALE", help="how strongly to follow [2.5]")
+    parser.add_argument("--out", type=Path, default=Path("eval.json"), metavar="FILE", help="the JSON [eval.json]")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write all pictures there, one sheet per variant and set"
+    )
+    parser.add_argument("--quick", action="store_true", help="few pictures and steps: to see that it runs")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch [as it chooses]")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except Problem as problem:
+        print(f"linattn eval: {problem}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"linattn eval: {generate._line(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    # What costs nothing is checked first, then what needs torch, then what needs the hub, and only then is drawn.
+    for name, value in (QUICK if args.quick else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    _check_values(args)
+    _check_writable("--out", args.out, args.out.parent)
+    if args.out.is_dir():
+        raise Problem(f"--out {args.out}: expected a file, it is a folder")
+    if args.out.exists() and not _is_ours(args.out):
+        raise Problem(f"--out {args.out} exists and is no JSON of linattn eval: choose another name")
+    if args.pictures is not None:
+        _check_writable("--pictures", args.pictures, args.pictures)
+    _check_installed()
+
+    from linattn import bundled
+
+    model = generate._locate("--model", args.model or bundled.path().name)
+    if model.path is None:
+        model.path = generate._fetch(model, None, ["*.json"])
+    layout = generate._layout(model)
+    if args.steps > layout.train_steps:
+        raise Problem(f"--steps: expected at most the {layout.train_steps} of this model, got {args.steps}")
+    student, chosen = _student(args, model, layout)
+    if model.kind == "hub":
+        generate._fetch_pipeline(model)
+    generate._check_safetensors(model, layout)
+    sources = generate._sources(SimpleNamespace(model=None, lora=None, image=None), model, layout, student)
+
+    with _threads(args.threads):
+        pipe = load_pipeline(model.path)
+        result = _evaluate(args, pipe, variants(None if student is None else student.path, chosen))
+        record = {
+            "format": FORMAT,
+            "command": _command(args, model, student, chosen),
+            "sources": {key: source and source.to_record() for key, source in sources.items() if key in _SOURCES},
+            **_facts(pipe),
+            **result.to_json(),
+        }
+    _write(args.out, record)
+    print(tables(result))
+    _say(f"\nevery figure, and what was read in every picture: {args.out}")
+    return 0
+
+
+_SOURCES = ("model", "weights")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _words(values) -> str:
+    return " ".join(map(str, values))
+
+
+# ----------------------------------------------------------------------------------------- for the demo and training
+
+
+def load_pipeline(path):
+    """A pipeline from a folder, float32 on the CPU, without progress bars of its own.
+
+    Raises:
+        Problem: it cannot be loaded; the message says why.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet_diffusers():
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+            pipe.to("cpu", torch.float32)  # dtype again: older diffusers do not know the argument above
+    except Exception as error:  # what is wrong with the files of a folder comes out as any type
+        raise Problem(f"--model: cannot load {path}: {type(error).__name__}: {generate._line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def variants(student=None, names=None) -> dict[str, Variant]:
+    """Variants for :func:`linattn.evaluate.evaluate_canvases`, by the names of this command.
+
+    Args:
+        student: folder of LinFusion weights; without it there is no "after".
+        names: those that are wanted, in the order of the tables; None: all that there are.
+    """
+    from linattn.evaluate import zeroed_attention
+
+    known = {
+        "teacher": lambda pipe: contextlib.nullcontext(),
+        "zeroed": zeroed_attention,
+        "before": functools.partial(linfusion_mounted, weights=None),
+    }
+    if student is not None:
+        known["after"] = functools.partial(linfusion_mounted, weights=student)
+    return {name: known[name] for name in (known if names is None else names)}
+
+
+@contextlib.contextmanager
+def linfusion_mounted(pipe, weights=None):
+    """LinFusion on a pipeline while the context lasts: its weights from a folder, or with None those of the model."""
+    from linattn.adapters import LinFusion
+
+    with quiet_diffusers():
+        if weights is None:
+            linfusion = LinFusion.construct_for(pipe, load_pretrained=False)
+        else:
+            linfusion = LinFusion.construct_for(pipe, pretrained_model_name_or_path=str(weights))
+    try:
+        yield linfusion
+    finally:
+        linfusion.unmount()
+
+
+def tables(result: Evaluation, titles: Mapping[str, str] = TITLES) -> str:
+    """An evaluation as three tables in text: accuracies, pictures, and paired differences."""
+    from linattn.demos._layout import table
+
+    groups, settings = list(result.groups), result.settings
+    rows = {titles.get(name, name): result.summary(name) for name in result.variants}
+    rows["real digits"] = result.summary(None)
+    overall = _overall(groups)
+    accuracy = table(
+        ["exact sequence", *groups],
+        [[title, *(_number(figures["exact"][group], 2) for group in groups)] for title, figures in rows.items()],
+    )
+    details = table(
+        [overall, "number of digits", "digit in its place", "FD digits", "FD canvas"],
+        [
+            [
+                title,
+                _number(figures["count"][overall], 2),
+                _number(figures["place"][overall], 2),
+                _number(figures["digits_distance"], 3),
+                _number(figures["canvas_distance"], 4),
+            ]
+            for title, figures in rows.items()
+        ],
+    )
+    pictures = table(
+        ["same prompts", "MSE to teacher, same seed", "diversity, other seed", "of handwriting"],
+        [
+            [
+                title,
+                _number(figures["error"], 5),
+                _number(figures["canvas_diversity"], 2),
+                _number(figures["writing_diversity"], 2),
+            ]
+            for title, figures in rows.items()
+        ],
+    )
+    parts = [
+        f"{settings['n']} pictures per column, {settings['steps']} steps, guidance {settings['guidance_scale']:g}, "
+        f"seed {settings['seed']}; in brackets {settings['level']:.0%} intervals",
+        accuracy,
+        f"The judge reads {result.judge_accuracy:.1%} of single held-out digits; the row of real digits is the most "
+        "that it can give.",
+        details,
+        "FD: Frechet distance of the ink to canvases of held-out real digits, of single digits and of whole canvases, "
+        "over\nall sets. It falls with the number of pictures: compare it with the real digits of this table only.",
+        pictures,
+        "Diversity: distance of two pictures of one prompt relative to that of real ones; 0 is one picture per prompt.",
+    ]
+    if result.comparisons():
+        differences = {f"{a} − {b}": result.difference(a, b) for a, b in result.comparisons()}
+        parts.append(
+            table(
+                ["exact sequence, paired", *groups],
+                [
+                    [title, *(_number(figures["exact"][group], 2, "+") for group in groups)]
+                    for title, figures in differences.items()
+                ],
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def _overall(groups: list[str]) -> str:
+    return "held out" if "held out" in groups else groups[0]
+
+
+def _number(figure, places: int, sign: str = "") -> str:
+    if figure is None:
+        return "–"
+    value, low, high = (f"{x + 0.0:{sign}.{places}f}" for x in figure)
+    return f"{value} [{low}, {high}]"
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    from linattn.bundled.canvases import LONGEST
+
+    for name, least in (("n", 2), ("steps", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise Problem(f"--{name}: expected {least} or more, got {value}")
+    if not 0 <= args.seed <= LARGEST_SEED:
+        raise Problem(f"--seed: expected 0 to 2^63 - 1, got {args.seed}")
+    if not math.isfinite(args.guidance) or args.guidance < 0:
+        raise Problem(f"--guidance: expected 0 or more, got {args.guidance:g}")
+    if len(set(args.digits)) < len(args.digits) or not all(1 <= k <= LONGEST for k in args.digits):
+        raise Problem(f"--digits: expected different numbers from 1 to {LONGEST}, got {_words(args.digits)}")
+    if args.variants is not None and len(set(args.variants)) < len(args.variants):
+        raise Problem(f"--variants: expected each once, got {_words(args.variants)}")
+
+
+def _check_writable(option: str, path: Path, folder: Path) -> None:
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        # The permission bits do not say it (root, read-only mounts), a try does.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise Problem(f"{option} {path}: cannot write into {existing}: {error.strerror or error}") from error
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and str(found.get("format", "")).startswith("linattn eval")
+
+
+def _check_installed() -> None:
+    needed = {"diffusers": "diffusers", "transformers": "transformers", "accelerate": "accelerate", "PIL": "pillow"}
+    needed |= {"sklearn": "scikit-learn"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise Problem(f"{', '.join(missing)} missing: pip install 'linattn[demo]'")
+    # Before they are imported: remarks about the libraries' own optional parts would bury what matters.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _student(args: argparse.Namespace, model, layout) -> tuple[generate.Source | None, list[str]]:
+    """Where the student's weights are (tried on a UNet without memory), and the variants that can be drawn."""
+    chosen = args.variants or list(TITLES)
+    if "after" not in chosen:
+        if args.student is not None:
+            raise Problem(f"--student {args.student} is drawn by the variant 'after', which --variants leaves out")
+        _try_on(layout, model, None)
+        return None, chosen
+    name = args.student or (generate._bundled_student(model.name) if model.kind == "bundled" else None)
+    if name is None:
+        why = f"there is no student for {model.name}; --student NAME|FOLDER gives one"
+        if args.variants is not None:
+            raise Problem(f"--variants after: {why}")
+        _say(f"{why}. Without it the variant 'after' is left out.")
+        _try_on(layout, model, None)
+        return None, [one for one in chosen if one != "after"]
+    source = generate._locate("--student", name)
+    if source.kind == "hub":
+        source.path = generate._fetch(source, None, ["config.json", "*.safetensors"])
+    config = generate._config(source, "config.json")
+    if not isinstance(config.get("modules_list"), list):
+        raise Problem(f"--student: {source.name} holds no LinFusion weights (config.json has no modules_list)")
+    if not any(source.path.glob("*.safetensors")):
+        raise Problem(f"--student: {source.name} has no .safetensors file (pickled weights are not read)")
+    _try_on(layout, model, source, config)
+    return source, chosen
+
+
+def _try_on(layout, model, source, config: dict | None = None) -> None:
+    """Raise where the UNet cannot be built or has no self-attention, or the student does not fit it."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from linattn.adapters import LinFusion
+
+    with torch.device("meta"), quiet_diffusers():
+        try:
+            unet = UNet2DConditionModel.from_config(layout.unet)
+            LinFusion.get_default_config(unet)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise Problem(f"--model: the UNet of {model.name} cannot be used: {generate._line(error)}") from error
+        if config is not None:
+            try:
+                LinFusion.from_config(config).mount_to(unet)
+            except (ValueError, TypeError, KeyError) as error:
+                raise Problem(
+                    f"--student: {source.name} does not go with {model.name}: {generate._line(error)}"
+                ) from error
+
+
+# --------------------------------------------------------------------------------------------------------- the work
+
+
+@contextlib.contextmanager
+def _threads(wanted: int | None):
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _evaluate(args: argparse.Namespace, pipe, wanted: dict) -> Evaluation:
+    from tqdm.auto import tqdm
+
+    from linattn.evaluate import canvas_sets, evaluate_canvases
+
+    total = sum(len(one.orders) + len(one.again) for one in canvas_sets(args.n, args.digits, seed=args.seed))
+    drawn = dict.fromkeys(wanted, 0)
+    with tqdm(total=total * len(wanted), unit="picture", disable=None, file=sys.stderr) as bar:
+
+        def progress(name: str, done: int, of: int) -> None:
+            bar.set_description(f"drawing: {name}")
+            bar.update(done - drawn[name])
+            drawn[name] = done
+
+        try:
+            return evaluate_canvases(
+                pipe,
+                wanted,
+                n=args.n,
+                lengths=args.digits,
+                seed=args.seed,
+                steps=args.steps,
+                guidance_scale=args.guidance,
+                progress=progress,
+                keep=None if args.pictures is None else functools.partial(_save_sheet, args.pictures),
+            )
+        except (RuntimeError, ValueError) as error:
+            generate._raise_if_memory(error)
+            raise
+
+
+def _save_sheet(folder: Path, name: str, one, pictures) -> None:
+    """All pictures of a variant and set as one picture, in rows, in the order of the JSON."""
+    import torch
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    missing = -len(pictures) % columns
+    sheet = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
+    sheet = torch.cat([torch.cat(list(row), 2) for row in sheet.split(columns)], 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(folder / f"{name}_{one.name.replace(' ', '_')}.png")
+
+
+def _command(args: argparse.Namespace, model, student, chosen: list[str]) -> str:
+    """The command line that gives the same figures, every choice written out."""
+    import torch
+
+    words = ["linattn", "eval", "--model", model.name]
+    if student is not None:
+        words += ["--student", student.name]
+    words += ["--variants", *chosen, "--n", args.n, "--digits", *args.digits, "--seed", args.seed]
+    words += ["--steps", args.steps, "--guidance", f"{args.guidance:g}"]
+    words += ["--threads", torch.get_num_threads(), "--out", args.out]
+    return shlex.join(map(str, words))
+
+
+def _facts(pipe) -> dict:
+    """What besides the command decides over the last digits."""
+    import torch
+
+    from linattn import backend
+    from linattn.cli import doctor
+
+    extra = {name: importlib.metadata.version(name) for name in ("scikit-learn", "scipy")}
+    return {
+        "versions": doctor.versions() | extra,
+        "machine": doctor.processor(),
+        "backend": backend.choose("linear_attention", torch.device("cpu"), torch.float32),
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
+    }
+
+
+def _write(path: Path, record: dict) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, default=str, ensure_ascii=False, allow_nan=False) + "\n"
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
