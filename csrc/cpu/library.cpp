@@ -10,13 +10,16 @@
 #include <optional>
 
 #include "linear_attention.h"
+#include "window_attention.h"
 
 namespace {
 
 using linattn::DType;
 using linattn::LinearAttentionArgs;
 using linattn::Parallel;
+using linattn::PoolTokensArgs;
 using linattn::View;
+using linattn::WindowAttentionArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -37,7 +40,9 @@ DType dtype_of(const Tensor& x) {
   return type == ScalarType::Float ? DType::kFloat32 : type == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
-View view(const char* name, const Tensor& x, const LinearAttentionArgs& a, int64_t tokens, int64_t width) {
+// The view of a (B, H, tokens, width) tensor, B, H and the dtype those of `a`.
+template <class Args>
+View view(const char* name, const Tensor& x, const Args& a, int64_t tokens, int64_t width) {
   STD_TORCH_CHECK(x.dim() == 4, "linattn cpu: ", name, " must have 4 dimensions, got ", x.dim());
   auto size = x.sizes();
   auto stride = x.strides();
@@ -50,7 +55,8 @@ View view(const char* name, const Tensor& x, const LinearAttentionArgs& a, int64
   return {x.data_ptr(), stride[0], stride[1], stride[2]};
 }
 
-View view(const char* name, const OptionalTensor& x, const LinearAttentionArgs& a, int64_t tokens, int64_t width) {
+template <class Args>
+View view(const char* name, const OptionalTensor& x, const Args& a, int64_t tokens, int64_t width) {
   return x ? view(name, *x, a, tokens, width) : View{};
 }
 
@@ -83,8 +89,8 @@ void set_widths(LinearAttentionArgs& a, int64_t D, int64_t E) {
   a.D = static_cast<int>(D), a.E = static_cast<int>(E);
 }
 
-using Kernel = bool (*)(const LinearAttentionArgs&, const Parallel&);
-void run(Kernel kernel, const LinearAttentionArgs& a) {
+template <class Args>
+void run(bool (*kernel)(const Args&, const Parallel&), const Args& a) {
   STD_TORCH_CHECK(kernel(a, torch_threads()), "linattn cpu: out of memory for the workspace");
 }
 
@@ -171,6 +177,127 @@ void state_backward(const Tensor& grad_kv, const Tensor& grad_k_sum, const Tenso
   run(linattn::linear_attention_kernels().state_backward, a);
 }
 
+// ------------------------------------------------------------------------------------------- window attention
+
+// Sizes, q, k, v and the pooled keys.
+WindowAttentionArgs window_args(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& pooled_k,
+                                const OptionalTensor& pooled_v, int64_t height, int64_t width, int64_t radius,
+                                int64_t text_length, bool text_first, int64_t q_row, int64_t q_text_length,
+                                double scale) {
+  STD_TORCH_CHECK(q.dim() == 4, "linattn cpu: q must have 4 dimensions (B, H, N, D), got ", q.dim());
+  constexpr int64_t kMost = int64_t(1) << 22;  // coordinates are compared as float32
+  STD_TORCH_CHECK(height >= 0 && height <= kMost && width >= 0 && width <= kMost,
+                  "linattn cpu: height and width must be 0..", kMost, ", got ", height, " and ", width);
+  STD_TORCH_CHECK(radius >= 1, "linattn cpu: radius must be at least 1, got ", radius);
+  STD_TORCH_CHECK(text_length >= 0 && q_text_length >= 0,
+                  "linattn cpu: text_length and q_text_length must be at least 0");
+  WindowAttentionArgs a;
+  auto size = q.sizes();
+  a.dtype = dtype_of(q), a.B = size[0], a.H = size[1];
+  STD_TORCH_CHECK(size[3] >= 1 && size[3] <= 256, "linattn cpu: the head dim must be 1..256, got ", size[3]);
+  a.D = static_cast<int>(size[3]);
+  a.height = height, a.width = width, a.radius = radius, a.text_length = text_length, a.text_first = text_first;
+  a.q_text_length = q_text_length, a.q_row = q_row;
+  int64_t q_image = size[2] - q_text_length;
+  STD_TORCH_CHECK(q_image >= 0 && (width ? q_image % width == 0 : q_image == 0), "linattn cpu: q must hold ",
+                  q_text_length, " text queries and rows of ", width, ", got ", size[2], " tokens");
+  a.q_rows = width ? q_image / width : 0;
+  STD_TORCH_CHECK(q_row >= 0 && q_row + a.q_rows <= height, "linattn cpu: the ", a.q_rows, " rows of q from q_row ",
+                  q_row, " on must lie in the ", height, " rows of the grid");
+  a.scale = static_cast<float>(scale);
+  int64_t keys = text_length + height * width;
+  a.q = view("q", q, a, size[2], a.D), a.k = view("k", k, a, keys, a.D), a.v = view("v", v, a, keys, a.D);
+  STD_TORCH_CHECK(pooled_k.has_value() == pooled_v.has_value(), "linattn cpu: pooled_k and pooled_v go together");
+  if (pooled_k) {
+    STD_TORCH_CHECK(pooled_k->dim() == 4, "linattn cpu: pooled_k must have 4 dimensions");
+    a.pooled = pooled_k->size(2);
+    a.pooled_k = view("pooled_k", *pooled_k, a, a.pooled, a.D);
+    a.pooled_v = view("pooled_v", *pooled_v, a, a.pooled, a.D);
+  }
+  return a;
+}
+
+// lse (B, H, queries) or its gradient.
+float* rows_pointer(const char* name, const Tensor& x, const WindowAttentionArgs& a, int64_t queries, bool contiguous) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "linattn cpu: ", name, " must be float32");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == queries, "linattn cpu: ", name,
+                  " must be (", a.B, ", ", a.H, ", ", queries, ")");
+  STD_TORCH_CHECK(!contiguous || x.is_contiguous(), "linattn cpu: ", name, " must be contiguous");
+  return static_cast<float*>(x.data_ptr());
+}
+
+void window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& pooled_k,
+                      const OptionalTensor& pooled_v, int64_t height, int64_t width, int64_t radius,
+                      int64_t text_length, bool text_first, int64_t q_row, int64_t q_text_length, double scale,
+                      const Tensor& out, const Tensor& lse) {
+  WindowAttentionArgs a = window_args(q, k, v, pooled_k, pooled_v, height, width, radius, text_length, text_first,
+                                      q_row, q_text_length, scale);
+  a.out = view("out", out, a, q.size(2), a.D);
+  a.lse = rows_pointer("lse", lse, a, q.size(2), true);
+  run(linattn::window_attention_kernels().forward, a);
+}
+
+void window_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const OptionalTensor& pooled_k, const OptionalTensor& pooled_v,
+                               const Tensor& out, const Tensor& lse, int64_t height, int64_t width, int64_t radius,
+                               int64_t text_length, bool text_first, int64_t q_row, int64_t q_text_length, double scale,
+                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                               const OptionalTensor& grad_pooled_k, const OptionalTensor& grad_pooled_v) {
+  WindowAttentionArgs a = window_args(q, k, v, pooled_k, pooled_v, height, width, radius, text_length, text_first,
+                                      q_row, q_text_length, scale);
+  int64_t queries = q.size(2), keys = k.size(2);
+  a.grad_out = view("grad_out", grad_out, a, queries, a.D), a.out = view("out", out, a, queries, a.D);
+  a.lse = rows_pointer("lse", lse, a, queries, true);
+  if (grad_lse) {
+    a.grad_lse = rows_pointer("grad_lse", *grad_lse, a, queries, false);
+    for (int i = 0; i < 3; ++i) a.grad_lse_stride[i] = grad_lse->stride(i);
+  }
+  a.grad_q = view("grad_q", grad_q, a, queries, a.D);
+  a.grad_k = view("grad_k", grad_k, a, keys, a.D), a.grad_v = view("grad_v", grad_v, a, keys, a.D);
+  STD_TORCH_CHECK(
+      pooled_k.has_value() == grad_pooled_k.has_value() && pooled_v.has_value() == grad_pooled_v.has_value(),
+      "linattn cpu: grad_pooled_k and grad_pooled_v go with pooled_k and pooled_v");
+  a.grad_pooled_k = view("grad_pooled_k", grad_pooled_k, a, a.pooled, a.D);
+  a.grad_pooled_v = view("grad_pooled_v", grad_pooled_v, a, a.pooled, a.D);
+  run(linattn::window_attention_kernels().backward, a);
+}
+
+PoolTokensArgs pool_args(const Tensor& x, const Tensor& weight, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(x.dim() == 4, "linattn cpu: x must have 4 dimensions (B, H, N, D), got ", x.dim());
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == weight.size(1) && weight.size(0) >= 1,
+                  "linattn cpu: weight must be (f, f)");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
+                  "linattn cpu: weight must be float32 and contiguous");
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "linattn cpu: height and width must be at least 0");
+  PoolTokensArgs a;
+  auto size = x.sizes();
+  a.dtype = dtype_of(x), a.B = size[0], a.H = size[1], a.D = static_cast<int>(size[3]);
+  a.height = height, a.width = width, a.f = weight.size(0);
+  a.x = view("x", x, a, height * width, a.D);
+  a.weight = static_cast<const float*>(weight.data_ptr());
+  return a;
+}
+
+int64_t pooled_tokens(const PoolTokensArgs& a) { return (a.height + a.f - 1) / a.f * ((a.width + a.f - 1) / a.f); }
+
+void pool_tokens(const Tensor& x, const Tensor& weight, int64_t height, int64_t width, const Tensor& out) {
+  PoolTokensArgs a = pool_args(x, weight, height, width);
+  a.out = view("out", out, a, pooled_tokens(a), a.D);
+  run(linattn::window_attention_kernels().pool, a);
+}
+
+void pool_tokens_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight, int64_t height, int64_t width,
+                          const Tensor& grad_x, const Tensor& grad_weight) {
+  PoolTokensArgs a = pool_args(x, weight, height, width);
+  a.out = view("grad_out", grad_out, a, pooled_tokens(a), a.D);
+  a.grad_x = view("grad_x", grad_x, a, height * width, a.D);
+  STD_TORCH_CHECK(grad_weight.scalar_type() == ScalarType::Float && grad_weight.is_contiguous() &&
+                      grad_weight.dim() == 2 && grad_weight.size(0) == a.f && grad_weight.size(1) == a.f,
+                  "linattn cpu: grad_weight must be float32, contiguous and of the shape of weight");
+  a.grad_weight = static_cast<float*>(grad_weight.data_ptr());
+  run(linattn::window_attention_kernels().pool_backward, a);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(linattn, CPU, m) {
@@ -179,4 +306,8 @@ STABLE_TORCH_LIBRARY_IMPL(linattn, CPU, m) {
   m.impl("_linear_attention_apply_cpu", TORCH_BOX(&apply));
   m.impl("_linear_attention_apply_backward_cpu", TORCH_BOX(&apply_backward));
   m.impl("_linear_attention_state_backward_cpu", TORCH_BOX(&state_backward));
+  m.impl("_window_attention_cpu", TORCH_BOX(&window_attention));
+  m.impl("_window_attention_backward_cpu", TORCH_BOX(&window_attention_backward));
+  m.impl("_pool_tokens_cpu", TORCH_BOX(&pool_tokens));
+  m.impl("_pool_tokens_backward_cpu", TORCH_BOX(&pool_tokens_backward));
 }

@@ -32,17 +32,6 @@ constexpr int64_t kGroupBytes = 256 << 10;  // states of a head group, a quarter
 constexpr int64_t kStreamBytes = 32 << 20;  // outputs from this size on are stored past the caches
 constexpr int64_t kFusedTokens = 4096;      // up to here one task may do all phases of a head
 
-template <class T>
-struct Multiply {
-  using M = F32;
-};
-#ifdef __AVX512BF16__
-template <>
-struct Multiply<bf16> {
-  using M = BF16P;
-};
-#endif
-
 template <int I>
 struct Int {
   static constexpr int value = I;
@@ -206,33 +195,6 @@ void floats_to_tall_transposed(const float* f, int64_t ld, int rows, int columns
 }
 
 // ------------------------------------------------------------------------------------------------ epilogues
-
-struct AddTo {  // C += block
-  float* C;
-  int64_t ld;
-  template <int R, int N>
-  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        float* c = C + (r + i) * ld + column + j * V::W;
-        store(c, load(c) + acc[i][j]);
-      }
-  }
-};
-
-struct StoreTo {  // C = block
-  float* C;
-  int64_t ld;
-  template <int R, int N>
-  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) store(C + (r + i) * ld + column + j * V::W, acc[i][j]);
-  }
-};
 
 template <class T>
 struct WriteRows {  // out[row] = factor[row] * block, only what is inside rows x columns

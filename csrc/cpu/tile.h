@@ -33,6 +33,18 @@ LINATTN_INLINE constexpr T round_up(T a, T b) {
   return divide_up(a, b) * b;
 }
 
+// How values of a storage type are multiplied.
+template <class T>
+struct Multiply {
+  using M = F32;
+};
+#ifdef __AVX512BF16__
+template <>
+struct Multiply<bf16> {
+  using M = BF16P;
+};
+#endif
+
 // Register blocks: kMaxVectors columns of V times block_rows(vectors) rows of accumulators. Measured on Zen 5: 4x4 for
 // AVX-512 (6x4 and 7x4 spill or starve), 4x2 for the 16 registers of AVX2 and SSE (6x2 spills).
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -139,6 +151,34 @@ void gemm(int rows, int vectors, int depth, const uint32_t* A, int64_t lda, cons
     v += n;
   }
 }
+
+// Epilogues: what becomes of a finished block.
+struct AddTo {  // C += block
+  float* C;
+  int64_t ld;
+  template <int R, int N>
+  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        float* c = C + (r + i) * ld + column + j * V::W;
+        store(c, load(c) + acc[i][j]);
+      }
+  }
+};
+
+struct StoreTo {  // C = block
+  float* C;
+  int64_t ld;
+  template <int R, int N>
+  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) store(C + (r + i) * ld + column + j * V::W, acc[i][j]);
+  }
+};
 
 // dst[c][r] = src[r][c], 4-byte units.
 inline void transpose_units(const uint32_t* src, int64_t ld_src, int rows, int columns, uint32_t* dst, int64_t ld_dst) {
