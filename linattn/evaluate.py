@@ -294,8 +294,8 @@ def digit_features(ink: np.ndarray, orders: Sequence[Order]) -> np.ndarray:
 def canvas_features(ink: np.ndarray) -> np.ndarray:
     """Features for the Frechet distance of whole canvases: mean ink of 2 x 2 blocks per cell, (n, 4 CELLS).
 
-    They see what single digits cannot: which cells are used, and that one pen writes all digits of a canvas. Coarse on
-    purpose: the estimate needs several canvases per dimension.
+    They see what single digits cannot: which cells are used. Coarse on purpose: the estimate needs several canvases per
+    dimension. (That one pen writes all digits of a canvas is beyond a few hundred canvases: tried.)
     """
     n, cells, _ = ink.shape
     half = BLOCKS // 2
@@ -399,9 +399,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def interval(values, *, seed: int = 0) -> Interval:
@@ -563,7 +560,7 @@ def canvas_sets(n: int, lengths: Sequence[int] = (2, 3, 4), *, seed: int = 0) ->
     """What is drawn: for every length n held-out orders, and n orders of these lengths in turn that training may see.
 
     Single digits are never held out, so a set of length 1 is of seen ones. An order of two digits occurs several times,
-    since only about twenty are held out. A quarter of each set but the last is drawn twice, with another seed.
+    since only about twenty are held out. A third of each set but the last is drawn twice, with another seed.
 
     Every order and seed is a function of `seed`, the set and its number in it: a smaller run draws a part of what a
     larger one draws.
@@ -589,7 +586,7 @@ def canvas_sets(n: int, lengths: Sequence[int] = (2, 3, 4), *, seed: int = 0) ->
             unseen,
         )
 
-    sets = [make(f"{k} digits" if k > 1 else "1 digit", (k,), k > 1, max(2, n // 4)) for k in lengths]
+    sets = [make(f"{k} digits" if k > 1 else "1 digit", (k,), k > 1, max(2, n // 3)) for k in lengths]
     return [*sets, make("seen", lengths, False, 0)]
 
 
@@ -767,8 +764,8 @@ def evaluate_canvases(
     Args:
         pipe: a text-to-image pipeline that draws canvases (:mod:`linattn.bundled.canvases`).
         variants: name -> function of the pipeline that gives a context; inside it the pipeline draws as this variant.
-        n, lengths, seed: what is drawn, see :func:`canvas_sets`: n pictures per length and n of seen orders, and a
-            quarter more for diversity.
+        n, lengths, seed: what is drawn, see :func:`canvas_sets`: n pictures per length and n of seen orders, and
+            for diversity a third more per length.
         steps, guidance_scale, batch: how; the batch decides over time and memory, and over the last bits at most.
         reference: the variant that same-seed errors are measured against; no errors where it is None or not drawn.
         progress: called after every batch with (variant, pictures drawn by it, pictures it will draw).
@@ -777,6 +774,7 @@ def evaluate_canvases(
     Raises:
         ValueError: see :func:`canvas_sets`, or no variants.
         ImportError: scikit-learn is missing.
+        FloatingPointError: a variant draws pictures with infinite or undefined values.
     """
     sets = canvas_sets(n, lengths, seed=seed)
     if not variants:
@@ -851,6 +849,8 @@ def evaluate_canvases(
                     progress=advance,
                 )
                 seconds += time.perf_counter() - begin
+                if not torch.isfinite(pictures).all():
+                    raise FloatingPointError(f"variant {name!r}: some pictures of set {one.name!r} are not finite")
                 ink = cell_ink(pictures)
                 first.append(ink[:n])
                 second.append(ink[n:])

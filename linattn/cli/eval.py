@@ -3,7 +3,8 @@
 Every variant draws the same held-out orders of digits with the same seeds. A judge trained on real digits reads them;
 the tables give exact-sequence accuracy, Frechet distances to real canvases, the difference to the teacher seed by seed,
 and diversity, all with 95 % intervals, beside what real digits score in the same way. The JSON has every figure, what
-was read in every picture, and the command that gives the same figures again. (docs: linattn.evaluate)
+was read in every picture, and the command that gives the same figures again.
+What the scores are, exactly, stands in linattn/evaluate.py.
 
 variants:
   teacher   the model as it is
@@ -441,6 +442,8 @@ def _evaluate(args: argparse.Namespace, pipe, wanted: dict) -> Evaluation:
                 progress=progress,
                 keep=None if args.pictures is None else functools.partial(_save_sheet, args.pictures),
             )
+        except FloatingPointError as error:
+            raise Problem(str(error)) from error
         except (RuntimeError, ValueError) as error:
             generate._raise_if_memory(error)
             raise
