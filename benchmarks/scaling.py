@@ -360,6 +360,7 @@ def _panel(axis, rows, contenders: dict[str, tuple[str, str]], metric: str, titl
     axis.minorticks_off()
     axis.grid(True, which="major", linewidth=0.3)
     if not any(curves.values()):
+        axis.set_yticks([])
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=GUIDE)
         return
     for key, points in curves.items():

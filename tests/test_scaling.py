@@ -322,6 +322,7 @@ def test_curves_hold_what_was_recorded(tmp_path):
     assert list(scaling.curve(rows, "sdpa", "time")) == [324, 1296, 5184], "what was left out is no point"
     assert scaling.curve(rows, "math", "peak_memory")[324] == pytest.approx(324**2 / 1e4 * 2**20, rel=1e-3)
     assert scaling.exponent(scaling.curve(rows, "sdpa", "time")) == pytest.approx(2, abs=1e-3)
+    assert scaling.exponent({1: 1.0, 10: 1.0, 100: 100.0}) == pytest.approx(2), "of the two largest sizes"
     assert scaling.exponent({324: 1.0}) is None
 
 
