@@ -51,6 +51,7 @@ TITLES = {
 DEFAULTS = {"n": 100, "digits": [2, 3, 4], "steps": 15}
 QUICK = {"n": 8, "digits": [3], "steps": 8}
 LARGEST_SEED = 2**63 - 1
+LINE = 2  # pixels between the pictures of a sheet
 
 EXAMPLES = """\
 examples:
@@ -450,10 +451,11 @@ def _evaluate(args: argparse.Namespace, pipe, wanted: dict) -> Evaluation:
 
 
 def _save_sheet(folder: Path, name: str, one, pictures) -> None:
-    """All pictures of a variant and set as one picture, in rows, in the order of the JSON."""
+    """All pictures of a variant and set as one picture, in rows, in the order of the JSON, with lines between them."""
     import torch
     from PIL import Image
 
+    pictures = torch.nn.functional.pad(pictures, (0, LINE, 0, LINE), value=0.7)
     columns = math.ceil(math.sqrt(len(pictures)))
     missing = -len(pictures) % columns
     sheet = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
