@@ -21,7 +21,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -200,28 +199,12 @@ def _free_memory(device: torch.device) -> float:
 
 
 def memory_cases(device: torch.device) -> Iterator[tuple[str, Case]]:
-    """Every canvas; the largest first, since they say most and a budget may not hold all.
-
-    While they are being measured, new processes get the C library's own allocation. The policy that is fair to times
-    keeps every freed block, and the peak then is that of the holes between them: of two equal N x N matrices that take
-    turns it makes four.
-    """
+    """Every canvas; the largest first, since they say most and a budget may not hold all."""
     free = _free_memory(device)
-    with _own_allocation():
-        for case in reversed(cases(device, "default")):
-            names = [name for name in providers(device) if left_out(name, case, device, "default") is None]
-            names += [NAIVE] if naive_bytes(case) <= NAIVE_SHARE * free else []
-            yield from ((name, case) for name in names)
-
-
-@contextlib.contextmanager
-def _own_allocation() -> Iterator[None]:
-    """Without the allocation policy in the environment. It is read at a process's start: this one keeps its own."""
-    saved = {name: os.environ.pop(name) for name in environment.ALLOCATION if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(saved)
+    for case in reversed(cases(device, "default")):
+        names = [name for name in providers(device) if left_out(name, case, device, "default") is None]
+        names += [NAIVE] if naive_bytes(case) <= NAIVE_SHARE * free else []
+        yield from ((name, case) for name in names)
 
 
 # ---- contenders -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,12 +254,20 @@ def test_unfused_attention_takes_its_two_matrices_more_than_fused(monkeypatch):
     assert matrices <= peaks["math"] < 1.5 * matrices + peaks["sdpa"], "unfused: two of them, not three"
 
 
-def test_memory_is_measured_under_the_systems_own_allocation_and_the_policy_comes_back(monkeypatch):
+def test_memory_is_measured_under_the_systems_own_allocation(monkeypatch):
+    seen = {}
+
+    def run(command, *, env, **_):
+        seen.update(env)
+        return SimpleNamespace(returncode=0, stdout="7\n", stderr="")
+
     for name, value in environment.ALLOCATION.items():
         monkeypatch.setenv(name, value)
-    seen = [[name in os.environ for name in environment.ALLOCATION] for _ in scaling.memory_cases(CPU)]
-    assert seen and not any(map(any, seen))
-    assert environment.allocation_policy() != "the C library's default"
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    case = scaling._case(scaling.geometry(bundled.path(scaling.MODEL)), 8, "float32")
+    assert memory.peak_in_subprocess(scaling.NAME, "sdpa", case, CPU, 1) == 7
+    assert "PATH" in seen and not set(environment.ALLOCATION) & set(seen)
+    assert os.environ["MALLOC_MMAP_MAX_"] == environment.ALLOCATION["MALLOC_MMAP_MAX_"]
 
 
 @pytest.mark.usefixtures("known_sizes")

@@ -97,7 +97,7 @@ def main(family: Family, argv: list[str] | None = None) -> int:
     quick = args.no_memory or args.only or args.level in ("smoke", "quick")
     for provider, case in [] if quick else family.memory_cases(device):
         if time.perf_counter() - began < budget:
-            run_memory(family, provider, case, device, recorder, facts, limit=60.0)
+            run_memory(family, provider, case, device, recorder, facts, limit=120.0)
     recorder.close()
     figure = out / f"{family.name}.png"
     try:

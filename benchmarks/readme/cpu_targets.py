@@ -84,7 +84,7 @@ def _memory_lines(rows) -> list[list[str]]:
     lines = []
     for row in rows:
         measured = row["metric"] == "peak_memory" and row["p50"] and row["provider"].startswith("linattn-")
-        if not measured or row["mode"] != "forward":
+        if not measured or row["mode"] != "forward" or row["family"] != "linear_attention":
             continue
         size = {"float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
         b, h, n, m, d, e = (int(row[key]) for key in "BHNMDE")
