@@ -85,7 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of orders, noise and real canvases [0]")
     parser.add_argument("--steps", type=int, help=f"denoising steps [{DEFAULTS['steps']}; quick {QUICK['steps']}]")
-    parser.add_argument("--guidance", type=float, default=2.5, metavar="SCALE", help="how strongly to follow [2.5]")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=generate.BUNDLED_GUIDANCE,
+        metavar="SCALE",
+        help=f"how strongly to follow the prompt [{generate.BUNDLED_GUIDANCE:g}]",
+    )
     parser.add_argument("--out", type=Path, default=Path("eval.json"), metavar="FILE", help="the JSON [eval.json]")
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="write all pictures there, one sheet per variant and set"
@@ -265,8 +271,8 @@ def tables(result: Evaluation, titles: Mapping[str, str] = TITLES) -> str:
         ],
     )
     parts = [
-        f"{settings['n']} pictures per column, {settings['steps']} steps, guidance {settings['guidance_scale']:g}, "
-        f"seed {settings['seed']}; in brackets {settings['level']:.0%} intervals",
+        f"{settings['n']} pictures per set of orders, {settings['steps']} steps, guidance "
+        f"{settings['guidance_scale']:g}, seed {settings['seed']}; in brackets {settings['level']:.0%} intervals",
         accuracy,
         f"The judge reads {result.judge_accuracy:.1%} of single held-out digits; the row of real digits is the most "
         "that it can give.",
