@@ -14,7 +14,7 @@ score, no division. Sizes are run-time values: one binary serves every grid and 
   image_forward       one program per (head, query tile): text keys, partial tiles, whole tiles, pooled keys
   text_forward        text queries see every key, so one program per (head, block of queries, split of the keys)
   text_merge          the splits' results by log-sum-exp, in their order
-  image_grad_query    grad_q by query tiles, as image_forward; writes delta for the other two
+  image_grad_query    grad_q by query tiles, as image_forward; leaves lse and delta for the keys
   text_grad_query     grad_q of the text queries, split over the keys; partial sums
   image_grad_key      grad_k and grad_v by key tiles: text queries, then the query tiles within reach
   dense_grad_key      grad_k and grad_v of text keys and of pooled keys, split over the queries; partial sums
@@ -39,7 +39,7 @@ from .common import load_rows, multiprocessors, on_device, store_rows, stride_un
 _TENSORS = ("q", "k", "v", "pk", "pv", "o", "g", "gq", "gk", "gv", "x", "w")
 SIZES = ["heads", "queries", "height", "width", "radius", "text", "k_text", "k_image", "pooled", "q_row", "q_rows"]
 SIZES += ["q_text", "q_image", "q_texts", "keys", "first", "count", "chunk", "splits", "factor", "patches_x", "patches"]
-SIZES += ["programs", "scale"]
+SIZES += ["programs", "scale", "head_dim"]
 SIZES += [f"{tensor}_s{axis}" for tensor in _TENSORS for axis in "bhn"]
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -169,6 +169,33 @@ def _product(a, b, acc=None):
 
 
 @triton.jit
+def _load(rows, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr = True):
+    """A block of rows from where it lies: (pointer, tokens, which of them are live, stride)."""
+    X, token, live, x_sn = rows
+    return load_rows(X, token, live, x_sn, UNIT, 0, D, BLOCK_D, MASKED, D == BLOCK_D)
+
+
+@triton.jit
+def _scores(a, a_rows, b, b_rows, head_dim, D: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr):
+    """a b^T of two blocks of rows. With CHUNK their columns are read again from memory, CHUNK at a time.
+
+    (Then nobody else may need a or b whole. head_dim is D again, at run time: a loop over a constant is unrolled until
+    registers run out.)
+    """
+    if CHUNK == 0:
+        return _product(a, tl.trans(b))
+    else:
+        A, a_token, a_live, a_sn = a_rows
+        B, b_token, b_live, b_sn = b_rows
+        total = tl.zeros([a_token.shape[0], b_token.shape[0]], tl.float32)
+        for first in range(0, head_dim, CHUNK):
+            x = load_rows(A, a_token, a_live, a_sn, UNIT, first, D, CHUNK)
+            y = load_rows(B, b_token, b_live, b_sn, UNIT, first, D, CHUNK)
+            total = _product(x, tl.trans(y), total)
+        return total
+
+
+@triton.jit
 def _attend(score, v, acc, m, l, sc):
     """One step of the online softmax. m is the largest raw score so far, sc = scale * log2(e) > 0."""
     m_new = tl.maximum(m, tl.max(score, 1))
@@ -182,23 +209,25 @@ def _attend(score, v, acc, m, l, sc):
 
 @triton.jit
 def _attend_dense(
-    q, K, V, count, k_sn, v_sn, acc, m, l, sc,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, q_at, K, V, count, k_sn, v_sn, acc, m, l, sc, head_dim,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """All keys 0 .. count: whole blocks without a mask, then the rest with one."""
     n = tl.arange(0, BLOCK_K)
     whole = count // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
         at = tl.cast(start, tl.int64)
-        k = load_rows(K + at * k_sn * UNIT, n, n < BLOCK_K, k_sn, UNIT, 0, D, BLOCK_D, False, D == BLOCK_D)
-        v = load_rows(V + at * v_sn * UNIT, n, n < BLOCK_K, v_sn, UNIT, 0, D, BLOCK_D, False, D == BLOCK_D)
-        acc, m, l = _attend(_product(q, tl.trans(k)), v, acc, m, l, sc)
+        k_at = (K + at * k_sn * UNIT, n, n < BLOCK_K, k_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT, False)
+        v = _load((V + at * v_sn * UNIT, n, n < BLOCK_K, v_sn), D, BLOCK_D, UNIT, False)
+        acc, m, l = _attend(_scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK), v, acc, m, l, sc)
     if whole < count:
         at = tl.cast(whole, tl.int64)
         live = n < count - whole
-        k = load_rows(K + at * k_sn * UNIT, n, live, k_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
-        v = load_rows(V + at * v_sn * UNIT, n, live, v_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
-        score = tl.where(live[None, :], _product(q, tl.trans(k)), float("-inf"))
+        k_at = (K + at * k_sn * UNIT, n, live, k_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT)
+        v = _load((V + at * v_sn * UNIT, n, live, v_sn), D, BLOCK_D, UNIT)
+        score = tl.where(live[None, :], _scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK), float("-inf"))
         acc, m, l = _attend(score, v, acc, m, l, sc)
     return acc, m, l
 
@@ -215,9 +244,9 @@ def image_forward_kernel(
     Q, K, V, PK, PV, O, LSE,
     heads, queries, height, width, radius, text, k_text, k_image, pooled, q_row, q_rows, q_image,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, pk_sb, pk_sh, pk_sn, pv_sb, pv_sh, pv_sn, o_sb, o_sh, o_sn,
-    scale,
+    scale, head_dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERY_Y: tl.constexpr, QUERY_X: tl.constexpr, KEY_Y: tl.constexpr,
-    KEY_X: tl.constexpr, BLOCK_K: tl.constexpr, HAS_POOLED: tl.constexpr, UNIT: tl.constexpr,
+    KEY_X: tl.constexpr, BLOCK_K: tl.constexpr, HAS_POOLED: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one tile of image queries; k_text, k_image, q_image: where text and image begin in k and q."""
     FITS: tl.constexpr = D == BLOCK_D
@@ -235,15 +264,17 @@ def image_forward_kernel(
     token = n // QUERY_X * width + n % QUERY_X
     live = _tile_live(strip_y, x0, q_rows, width, QUERY_Y, QUERY_X)
     first = q_image + strip_y.to(tl.int64) * width + x0
-    q = load_rows(Q + b * q_sb * UNIT + h * q_sh * UNIT + first * q_sn * UNIT, token, live, q_sn, UNIT, 0, D, BLOCK_D,
-                  True, FITS)  # fmt: skip
+    q_at = (Q + b * q_sb * UNIT + h * q_sh * UNIT + first * q_sn * UNIT, token, live, q_sn)
+    q = _load(q_at, D, BLOCK_D, UNIT)
     K += b * k_sb * UNIT + h * k_sh * UNIT
     V += b * v_sb * UNIT + h * v_sh * UNIT
     acc, m, l = _softmax_start(sc, QUERY_Y * QUERY_X, BLOCK_D)
 
     start = tl.cast(k_text, tl.int64)
-    acc, m, l = _attend_dense(q, K + start * k_sn * UNIT, V + start * v_sn * UNIT, text, k_sn, v_sn, acc, m, l, sc, D,
-                              BLOCK_D, UNIT, BLOCK_K)  # fmt: skip
+    acc, m, l = _attend_dense(
+        q, q_at, K + start * k_sn * UNIT, V + start * v_sn * UNIT, text, k_sn, v_sn, acc, m, l, sc, head_dim,
+        D, BLOCK_D, UNIT, BLOCK_K, CHUNK,
+    )  # fmt: skip
 
     start = k_image + y0.to(tl.int64) * width + x0  # the key of the tile's first query
     KI = K + start * k_sn * UNIT
@@ -257,10 +288,12 @@ def image_forward_kernel(
         ox = c * KEY_X
         at = oy.to(tl.int64) * width + ox
         inside = _tile_live(y0 + oy, x0 + ox, height, width, KEY_Y, KEY_X)
-        k = load_rows(KI + at * k_sn * UNIT, key, inside, k_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        v = load_rows(VI + at * v_sn * UNIT, key, inside, v_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        score = _live(_product(q, tl.trans(k)), float("-inf"), oy, ox, y0, x0, height, width, radius, QUERY_Y,
-                      QUERY_X, KEY_Y, KEY_X)  # fmt: skip
+        k_at = (KI + at * k_sn * UNIT, key, inside, k_sn)
+        v_at = (VI + at * v_sn * UNIT, key, inside, v_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT)
+        v = _load(v_at, D, BLOCK_D, UNIT)
+        score = _scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK)
+        score = _live(score, float("-inf"), oy, ox, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
         acc, m, l = _attend(score, v, acc, m, l, sc)
         c += 1
         c = tl.where(c == whole_lo, whole_hi, c)
@@ -272,9 +305,11 @@ def image_forward_kernel(
     _lo, c, whole_hi, _hi = _reach(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
     for _ in range(whole):
         at = (j * KEY_Y).to(tl.int64) * width + c * KEY_X
-        k = load_rows(KI + at * k_sn * UNIT, key, live, k_sn, UNIT, 0, D, BLOCK_D, False, FITS)
-        v = load_rows(VI + at * v_sn * UNIT, key, live, v_sn, UNIT, 0, D, BLOCK_D, False, FITS)
-        acc, m, l = _attend(_product(q, tl.trans(k)), v, acc, m, l, sc)
+        k_at = (KI + at * k_sn * UNIT, key, key >= 0, k_sn)
+        v_at = (VI + at * v_sn * UNIT, key, key >= 0, v_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT, False)
+        v = _load(v_at, D, BLOCK_D, UNIT, False)
+        acc, m, l = _attend(_scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK), v, acc, m, l, sc)
         c += 1
         if c >= whole_hi:
             j += 1
@@ -283,7 +318,9 @@ def image_forward_kernel(
     if HAS_POOLED:
         PK += b * pk_sb * UNIT + h * pk_sh * UNIT
         PV += b * pv_sb * UNIT + h * pv_sh * UNIT
-        acc, m, l = _attend_dense(q, PK, PV, pooled, pk_sn, pv_sn, acc, m, l, sc, D, BLOCK_D, UNIT, BLOCK_K)
+        acc, m, l = _attend_dense(
+            q, q_at, PK, PV, pooled, pk_sn, pv_sn, acc, m, l, sc, head_dim, D, BLOCK_D, UNIT, BLOCK_K, CHUNK
+        )
 
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     store_rows(O + b * o_sb * UNIT + h * o_sh * UNIT + first * o_sn * UNIT, out, token, live, o_sn, UNIT, 0, D, BLOCK_D,
@@ -294,8 +331,9 @@ def image_forward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def text_forward_kernel(
     Q, K, V, PART, PART_LSE, heads, q_text, q_texts, keys, chunk, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn,
-    scale,
+    scale, head_dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out and lse (in base 2) of a block of text queries over one chunk of the keys; they begin at q_text in q."""
     blocks = tl.cdiv(q_texts, BLOCK_Q)
@@ -307,14 +345,16 @@ def text_forward_kernel(
     n = tl.arange(0, BLOCK_Q)
     live = first + n < q_texts
     at = tl.cast(q_text, tl.int64) + first
-    q = load_rows(Q + b * q_sb * UNIT + h * q_sh * UNIT + at * q_sn * UNIT, n, live, q_sn, UNIT, 0, D, BLOCK_D, True,
-                  D == BLOCK_D)  # fmt: skip
+    q_at = (Q + b * q_sb * UNIT + h * q_sh * UNIT + at * q_sn * UNIT, n, live, q_sn)
+    q = _load(q_at, D, BLOCK_D, UNIT)
     start = tl.cast(split, tl.int64) * chunk
     K += b * k_sb * UNIT + h * k_sh * UNIT + start * k_sn * UNIT
     V += b * v_sb * UNIT + h * v_sh * UNIT + start * v_sn * UNIT
     acc, m, l = _softmax_start(sc, BLOCK_Q, BLOCK_D)
     count = tl.minimum(keys - split * chunk, chunk)
-    acc, m, l = _attend_dense(q, K, V, count, k_sn, v_sn, acc, m, l, sc, D, BLOCK_D, UNIT, BLOCK_K)
+    acc, m, l = _attend_dense(
+        q, q_at, K, V, count, k_sn, v_sn, acc, m, l, sc, head_dim, D, BLOCK_D, UNIT, BLOCK_K, CHUNK
+    )
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     at = (tl.cast(split, tl.int64) * (tl.num_programs(0) // blocks) + row) * q_texts + first
     store_rows(PART + at * D, out, n, live, D, 1, 0, D, BLOCK_D, True, D == BLOCK_D)
@@ -358,35 +398,50 @@ def text_merge_kernel(
 
 
 @triton.jit
-def _p_and_ds(a, b, c, d, lse, delta, sc):
-    """p and ds from the products a b^T (raw scores) and c d^T; lse (base 2) and delta of the queries broadcast."""
-    p = tl.exp2(_product(a, tl.trans(b)) * sc - lse)
-    return p, p * (_product(c, tl.trans(d)) - delta)
+def _p_and_ds(score, dp, lse, delta, sc):
+    """p and ds from raw scores and dp = grad_out v^T; lse (base 2) and delta of the queries broadcast."""
+    p = tl.exp2(score * sc - lse)
+    return p, p * (dp - delta)
 
 
 @triton.jit
 def _grad_query_dense(
-    q, g, K, V, count, k_sn, v_sn, gq, lse, delta, sc,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, q_at, g, g_at, K, V, count, k_sn, v_sn, gq, lse, delta, sc, head_dim,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """gq + ds k over the keys 0 .. count. Keys past the end are zeros and leave no trace in it."""
+    """gq + ds k over the keys 0 .. count."""
     n = tl.arange(0, BLOCK_K)
     whole = count // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
         at = tl.cast(start, tl.int64)
-        k = load_rows(K + at * k_sn * UNIT, n, n < BLOCK_K, k_sn, UNIT, 0, D, BLOCK_D, False, D == BLOCK_D)
-        v = load_rows(V + at * v_sn * UNIT, n, n < BLOCK_K, v_sn, UNIT, 0, D, BLOCK_D, False, D == BLOCK_D)
-        _, ds = _p_and_ds(q, k, g, v, lse[:, None], delta[:, None], sc)
+        k_at = (K + at * k_sn * UNIT, n, n < BLOCK_K, k_sn)
+        v_at = (V + at * v_sn * UNIT, n, n < BLOCK_K, v_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT, False)
+        v = _load(v_at, D, BLOCK_D, UNIT, False)
+        score = _scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(g, g_at, v, v_at, head_dim, D, UNIT, CHUNK)
+        _p, ds = _p_and_ds(score, dp, lse[:, None], delta[:, None], sc)
         gq = _product(ds.to(k.dtype), k, gq)
     if whole < count:
         at = tl.cast(whole, tl.int64)
         live = n < count - whole
-        k = load_rows(K + at * k_sn * UNIT, n, live, k_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
-        v = load_rows(V + at * v_sn * UNIT, n, live, v_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
-        _, ds = _p_and_ds(q, k, g, v, lse[:, None], delta[:, None], sc)
+        k_at = (K + at * k_sn * UNIT, n, live, k_sn)
+        v_at = (V + at * v_sn * UNIT, n, live, v_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT)
+        v = _load(v_at, D, BLOCK_D, UNIT)
+        score = _scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(g, g_at, v, v_at, head_dim, D, UNIT, CHUNK)
+        _p, ds = _p_and_ds(score, dp, lse[:, None], delta[:, None], sc)
         ds = tl.where(live[None, :], ds, 0.0)  # exp2(-lse) of a padded key may be inf, and inf * 0 is not 0
         gq = _product(ds.to(k.dtype), k, gq)
     return gq
+
+
+@triton.jit
+def _store_statistics(STATS, at, lse, delta, live):
+    """What the key kernels need of a query, side by side: lse in base 2, and delta."""
+    tl.store(STATS + 2 * at, lse, mask=live)
+    tl.store(STATS + 2 * at + 1, delta, mask=live)
 
 
 @triton.jit
@@ -402,15 +457,15 @@ def _delta(g, O, GLSE, o_sn, token, live, HAS_GRAD_LSE: tl.constexpr, D: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def image_grad_query_kernel(
-    G, GLSE, Q, K, V, PK, PV, O, LSE, DELTA, GQ,
+    G, GLSE, Q, K, V, PK, PV, O, LSE, STATS, GQ,
     heads, queries, height, width, radius, text, k_text, k_image, pooled, q_row, q_rows, q_image,
     g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, pk_sb, pk_sh, pk_sn, pv_sb, pv_sh, pv_sn,
-    o_sb, o_sh, o_sn, gq_sb, gq_sh, gq_sn, scale,
+    o_sb, o_sh, o_sn, gq_sb, gq_sh, gq_sn, scale, head_dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERY_Y: tl.constexpr, QUERY_X: tl.constexpr, KEY_Y: tl.constexpr,
     KEY_X: tl.constexpr, BLOCK_K: tl.constexpr, HAS_POOLED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """grad_q and delta of one tile of image queries, over the keys in the order of image_forward_kernel."""
+    """grad_q, and lse and delta for the key kernels, of one tile of image queries; keys as in image_forward_kernel."""
     FITS: tl.constexpr = D == BLOCK_D
     tiles_x = tl.cdiv(width, QUERY_X)
     tiles = tiles_x * tl.cdiv(q_rows, QUERY_Y)
@@ -427,21 +482,23 @@ def image_grad_query_kernel(
     live = _tile_live(strip_y, x0, q_rows, width, QUERY_Y, QUERY_X)
     first = q_image + strip_y.to(tl.int64) * width + x0
     at = row.to(tl.int64) * queries + first
-    g = load_rows(G + b * g_sb * UNIT + h * g_sh * UNIT + first * g_sn * UNIT, token, live, g_sn, UNIT, 0, D, BLOCK_D,
-                  True, FITS)  # fmt: skip
+    g_at = (G + b * g_sb * UNIT + h * g_sh * UNIT + first * g_sn * UNIT, token, live, g_sn)
+    g = _load(g_at, D, BLOCK_D, UNIT)
     delta = _delta(g, O + b * o_sb * UNIT + h * o_sh * UNIT + first * o_sn * UNIT, GLSE + at, o_sn, token, live,
                    HAS_GRAD_LSE, D, BLOCK_D, UNIT)  # fmt: skip
-    tl.store(DELTA + at + token, delta, mask=live)
     lse = tl.load(LSE + at + token, mask=live, other=0.0) * _LOG2E
-    q = load_rows(Q + b * q_sb * UNIT + h * q_sh * UNIT + first * q_sn * UNIT, token, live, q_sn, UNIT, 0, D, BLOCK_D,
-                  True, FITS)  # fmt: skip
+    _store_statistics(STATS, at + token, lse, delta, live)
+    q_at = (Q + b * q_sb * UNIT + h * q_sh * UNIT + first * q_sn * UNIT, token, live, q_sn)
+    q = _load(q_at, D, BLOCK_D, UNIT)
     K += b * k_sb * UNIT + h * k_sh * UNIT
     V += b * v_sb * UNIT + h * v_sh * UNIT
     gq = tl.zeros([QUERY_Y * QUERY_X, BLOCK_D], tl.float32)
 
     start = tl.cast(k_text, tl.int64)
-    gq = _grad_query_dense(q, g, K + start * k_sn * UNIT, V + start * v_sn * UNIT, text, k_sn, v_sn, gq, lse, delta, sc,
-                           D, BLOCK_D, UNIT, BLOCK_K)  # fmt: skip
+    gq = _grad_query_dense(
+        q, q_at, g, g_at, K + start * k_sn * UNIT, V + start * v_sn * UNIT, text, k_sn, v_sn, gq, lse, delta, sc,
+        head_dim, D, BLOCK_D, UNIT, BLOCK_K, CHUNK,
+    )  # fmt: skip
 
     start = k_image + y0.to(tl.int64) * width + x0
     KI = K + start * k_sn * UNIT
@@ -455,9 +512,13 @@ def image_grad_query_kernel(
         ox = c * KEY_X
         at = oy.to(tl.int64) * width + ox
         inside = _tile_live(y0 + oy, x0 + ox, height, width, KEY_Y, KEY_X)
-        k = load_rows(KI + at * k_sn * UNIT, key, inside, k_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        v = load_rows(VI + at * v_sn * UNIT, key, inside, v_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        _, ds = _p_and_ds(q, k, g, v, lse[:, None], delta[:, None], sc)
+        k_at = (KI + at * k_sn * UNIT, key, inside, k_sn)
+        v_at = (VI + at * v_sn * UNIT, key, inside, v_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT)
+        v = _load(v_at, D, BLOCK_D, UNIT)
+        score = _scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(g, g_at, v, v_at, head_dim, D, UNIT, CHUNK)
+        _p, ds = _p_and_ds(score, dp, lse[:, None], delta[:, None], sc)
         ds = _live(ds, 0.0, oy, ox, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
         gq = _product(ds.to(k.dtype), k, gq)
         c += 1
@@ -470,9 +531,13 @@ def image_grad_query_kernel(
     _lo, c, whole_hi, _hi = _reach(j, y0, x0, height, width, radius, QUERY_Y, QUERY_X, KEY_Y, KEY_X)
     for _ in range(whole):
         at = (j * KEY_Y).to(tl.int64) * width + c * KEY_X
-        k = load_rows(KI + at * k_sn * UNIT, key, live, k_sn, UNIT, 0, D, BLOCK_D, False, FITS)
-        v = load_rows(VI + at * v_sn * UNIT, key, live, v_sn, UNIT, 0, D, BLOCK_D, False, FITS)
-        _, ds = _p_and_ds(q, k, g, v, lse[:, None], delta[:, None], sc)
+        k_at = (KI + at * k_sn * UNIT, key, key >= 0, k_sn)
+        v_at = (VI + at * v_sn * UNIT, key, key >= 0, v_sn)
+        k = _load(k_at, D, BLOCK_D, UNIT, False)
+        v = _load(v_at, D, BLOCK_D, UNIT, False)
+        score = _scores(q, q_at, k, k_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(g, g_at, v, v_at, head_dim, D, UNIT, CHUNK)
+        _p, ds = _p_and_ds(score, dp, lse[:, None], delta[:, None], sc)
         gq = _product(ds.to(k.dtype), k, gq)
         c += 1
         if c >= whole_hi:
@@ -482,7 +547,27 @@ def image_grad_query_kernel(
     if HAS_POOLED:
         PK += b * pk_sb * UNIT + h * pk_sh * UNIT
         PV += b * pv_sb * UNIT + h * pv_sh * UNIT
-        gq = _grad_query_dense(q, g, PK, PV, pooled, pk_sn, pv_sn, gq, lse, delta, sc, D, BLOCK_D, UNIT, BLOCK_K)
+        gq = _grad_query_dense(
+            q,
+            q_at,
+            g,
+            g_at,
+            PK,
+            PV,
+            pooled,
+            pk_sn,
+            pv_sn,
+            gq,
+            lse,
+            delta,
+            sc,
+            head_dim,
+            D,
+            BLOCK_D,
+            UNIT,
+            BLOCK_K,
+            CHUNK,
+        )
 
     store_rows(GQ + b * gq_sb * UNIT + h * gq_sh * UNIT + first * gq_sn * UNIT, gq * scale, token, live, gq_sn, UNIT, 0,
                D, BLOCK_D, True, FITS)  # fmt: skip
@@ -490,12 +575,12 @@ def image_grad_query_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def text_grad_query_kernel(
-    G, GLSE, Q, K, V, O, LSE, DELTA, PART, heads, queries, q_text, q_texts, keys, chunk,
-    g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, scale,
+    G, GLSE, Q, K, V, O, LSE, STATS, PART, heads, queries, q_text, q_texts, keys, chunk,
+    g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, scale, head_dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Partial grad_q of a block of text queries over one chunk of the keys; delta too (of every split the same)."""
+    """Partial grad_q of a block of text queries over one chunk of the keys, and their lse and delta."""
     blocks = tl.cdiv(q_texts, BLOCK_Q)
     row = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_Q
@@ -506,21 +591,23 @@ def text_grad_query_kernel(
     live = first + n < q_texts
     query = tl.cast(q_text, tl.int64) + first
     at = row.to(tl.int64) * queries + query
-    g = load_rows(G + b * g_sb * UNIT + h * g_sh * UNIT + query * g_sn * UNIT, n, live, g_sn, UNIT, 0, D, BLOCK_D, True,
-                  D == BLOCK_D)  # fmt: skip
+    g_at = (G + b * g_sb * UNIT + h * g_sh * UNIT + query * g_sn * UNIT, n, live, g_sn)
+    g = _load(g_at, D, BLOCK_D, UNIT)
     delta = _delta(g, O + b * o_sb * UNIT + h * o_sh * UNIT + query * o_sn * UNIT, GLSE + at, o_sn, n, live,
                    HAS_GRAD_LSE, D, BLOCK_D, UNIT)  # fmt: skip
-    if split == 0:
-        tl.store(DELTA + at + n, delta, mask=live)
     lse = tl.load(LSE + at + n, mask=live, other=0.0) * _LOG2E
-    q = load_rows(Q + b * q_sb * UNIT + h * q_sh * UNIT + query * q_sn * UNIT, n, live, q_sn, UNIT, 0, D, BLOCK_D, True,
-                  D == BLOCK_D)  # fmt: skip
+    if split == 0:
+        _store_statistics(STATS, at + n, lse, delta, live)
+    q_at = (Q + b * q_sb * UNIT + h * q_sh * UNIT + query * q_sn * UNIT, n, live, q_sn)
+    q = _load(q_at, D, BLOCK_D, UNIT)
     start = tl.cast(split, tl.int64) * chunk
     K += b * k_sb * UNIT + h * k_sh * UNIT + start * k_sn * UNIT
     V += b * v_sb * UNIT + h * v_sh * UNIT + start * v_sn * UNIT
     gq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     count = tl.minimum(keys - split * chunk, chunk)
-    gq = _grad_query_dense(q, g, K, V, count, k_sn, v_sn, gq, lse, delta, sc, D, BLOCK_D, UNIT, BLOCK_K)
+    gq = _grad_query_dense(
+        q, q_at, g, g_at, K, V, count, k_sn, v_sn, gq, lse, delta, sc, head_dim, D, BLOCK_D, UNIT, BLOCK_K, CHUNK
+    )
     at = (tl.cast(split, tl.int64) * (tl.num_programs(0) // blocks) + row) * q_texts + first
     store_rows(PART + at * D, gq * scale, n, live, D, 1, 0, D, BLOCK_D, True, D == BLOCK_D)
 
@@ -530,29 +617,37 @@ def text_grad_query_kernel(
 
 @triton.jit
 def _grad_key_dense(
-    k, v, Q, G, LSE, DELTA, count, q_sn, g_sn, gk, gv, sc,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr,
+    k, k_at, v, v_at, Q, G, STATS, count, q_sn, g_sn, gk, gv, sc, head_dim,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """gk + ds^T q and gv + p^T g over the queries 0 .. count; scores are held transposed, [keys, queries]."""
     n = tl.arange(0, BLOCK_Q)
     whole = count // BLOCK_Q * BLOCK_Q
     for start in range(0, whole, BLOCK_Q):
         at = tl.cast(start, tl.int64)
-        q = load_rows(Q + at * q_sn * UNIT, n, n < BLOCK_Q, q_sn, UNIT, 0, D, BLOCK_D, False, D == BLOCK_D)
-        g = load_rows(G + at * g_sn * UNIT, n, n < BLOCK_Q, g_sn, UNIT, 0, D, BLOCK_D, False, D == BLOCK_D)
-        lse = tl.load(LSE + at + n) * _LOG2E
-        delta = tl.load(DELTA + at + n)
-        p, ds = _p_and_ds(k, q, v, g, lse[None, :], delta[None, :], sc)
+        q_at = (Q + at * q_sn * UNIT, n, n < BLOCK_Q, q_sn)
+        g_at = (G + at * g_sn * UNIT, n, n < BLOCK_Q, g_sn)
+        q = _load(q_at, D, BLOCK_D, UNIT, False)
+        g = _load(g_at, D, BLOCK_D, UNIT, False)
+        lse = tl.load(STATS + 2 * (at + n))
+        delta = tl.load(STATS + 2 * (at + n) + 1)
+        score = _scores(k, k_at, q, q_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(v, v_at, g, g_at, head_dim, D, UNIT, CHUNK)
+        p, ds = _p_and_ds(score, dp, lse[None, :], delta[None, :], sc)
         gv = _product(p.to(g.dtype), g, gv)
         gk = _product(ds.to(q.dtype), q, gk)
     if whole < count:
         at = tl.cast(whole, tl.int64)
         live = n < count - whole
-        q = load_rows(Q + at * q_sn * UNIT, n, live, q_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
-        g = load_rows(G + at * g_sn * UNIT, n, live, g_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
-        lse = tl.load(LSE + at + n, mask=live, other=float("inf")) * _LOG2E  # p = 0
-        delta = tl.load(DELTA + at + n, mask=live, other=0.0)
-        p, ds = _p_and_ds(k, q, v, g, lse[None, :], delta[None, :], sc)
+        q_at = (Q + at * q_sn * UNIT, n, live, q_sn)
+        g_at = (G + at * g_sn * UNIT, n, live, g_sn)
+        q = _load(q_at, D, BLOCK_D, UNIT)
+        g = _load(g_at, D, BLOCK_D, UNIT)
+        lse = tl.load(STATS + 2 * (at + n), mask=live, other=float("inf"))  # p = 0
+        delta = tl.load(STATS + 2 * (at + n) + 1, mask=live, other=0.0)
+        score = _scores(k, k_at, q, q_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(v, v_at, g, g_at, head_dim, D, UNIT, CHUNK)
+        p, ds = _p_and_ds(score, dp, lse[None, :], delta[None, :], sc)
         gv = _product(p.to(g.dtype), g, gv)
         gk = _product(ds.to(q.dtype), q, gk)
     return gk, gv
@@ -560,12 +655,12 @@ def _grad_key_dense(
 
 @triton.jit(do_not_specialize=SIZES)
 def image_grad_key_kernel(
-    G, Q, K, V, LSE, DELTA, GK, GV,
+    G, Q, K, V, STATS, GK, GV,
     heads, queries, height, width, radius, k_image, q_row, q_rows, q_image, q_text, q_texts,
     g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, gk_sb, gk_sh, gk_sn, gv_sb, gv_sh, gv_sn,
-    scale,
+    scale, head_dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERY_Y: tl.constexpr, QUERY_X: tl.constexpr, KEY_Y: tl.constexpr,
-    KEY_X: tl.constexpr, UNIT: tl.constexpr,
+    KEY_X: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of one tile of image keys: text queries, then the query tiles of the strip within reach."""
     FITS: tl.constexpr = D == BLOCK_D
@@ -582,28 +677,28 @@ def image_grad_key_kernel(
     token = n // KEY_X * width + n % KEY_X
     live = _tile_live(y0, x0, height, width, KEY_Y, KEY_X)
     first = k_image + y0.to(tl.int64) * width + x0
-    k = load_rows(K + b * k_sb * UNIT + h * k_sh * UNIT + first * k_sn * UNIT, token, live, k_sn, UNIT, 0, D, BLOCK_D,
-                  True, FITS)  # fmt: skip
-    v = load_rows(V + b * v_sb * UNIT + h * v_sh * UNIT + first * v_sn * UNIT, token, live, v_sn, UNIT, 0, D, BLOCK_D,
-                  True, FITS)  # fmt: skip
+    k_at = (K + b * k_sb * UNIT + h * k_sh * UNIT + first * k_sn * UNIT, token, live, k_sn)
+    v_at = (V + b * v_sb * UNIT + h * v_sh * UNIT + first * v_sn * UNIT, token, live, v_sn)
+    k = _load(k_at, D, BLOCK_D, UNIT)
+    v = _load(v_at, D, BLOCK_D, UNIT)
     Q += b * q_sb * UNIT + h * q_sh * UNIT
     G += b * g_sb * UNIT + h * g_sh * UNIT
-    LSE += row.to(tl.int64) * queries
-    DELTA += row.to(tl.int64) * queries
+    STATS += 2 * row.to(tl.int64) * queries
     gk = tl.zeros([KEY_Y * KEY_X, BLOCK_D], tl.float32)
     gv = tl.zeros([KEY_Y * KEY_X, BLOCK_D], tl.float32)
 
     at = tl.cast(q_text, tl.int64)
-    gk, gv = _grad_key_dense(k, v, Q + at * q_sn * UNIT, G + at * g_sn * UNIT, LSE + at, DELTA + at, q_texts, q_sn,
-                             g_sn, gk, gv, sc, D, BLOCK_D, UNIT, QUERY_Y * QUERY_X)  # fmt: skip
+    gk, gv = _grad_key_dense(
+        k, k_at, v, v_at, Q + at * q_sn * UNIT, G + at * g_sn * UNIT, STATS + 2 * at, q_texts, q_sn, g_sn, gk, gv,
+        sc, head_dim, D, BLOCK_D, UNIT, QUERY_Y * QUERY_X, CHUNK,
+    )  # fmt: skip
 
     # From here on rows count from the strip's first. The tile's first place may lie outside: nothing is read there.
     y0 -= q_row
     start = q_image + y0.to(tl.int64) * width + x0
     Q += start * q_sn * UNIT
     G += start * g_sn * UNIT
-    LSE += start
-    DELTA += start
+    STATS += 2 * start
     n = tl.arange(0, QUERY_Y * QUERY_X)
     query = n // QUERY_X * width + n % QUERY_X
     j, partial, whole_row, whole = _count_tiles(y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
@@ -613,13 +708,17 @@ def image_grad_key_kernel(
         ox = c * QUERY_X
         at = oy.to(tl.int64) * width + ox
         inside = _tile_live(y0 + oy, x0 + ox, q_rows, width, QUERY_Y, QUERY_X)
-        q = load_rows(Q + at * q_sn * UNIT, query, inside, q_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        g = load_rows(G + at * g_sn * UNIT, query, inside, g_sn, UNIT, 0, D, BLOCK_D, True, FITS)
-        lse = tl.load(LSE + at + query, mask=inside, other=0.0) * _LOG2E
-        delta = tl.load(DELTA + at + query, mask=inside, other=0.0)
-        p = tl.exp2(_product(k, tl.trans(q)) * sc - lse[None, :])
+        q_at = (Q + at * q_sn * UNIT, query, inside, q_sn)
+        g_at = (G + at * g_sn * UNIT, query, inside, g_sn)
+        q = _load(q_at, D, BLOCK_D, UNIT)
+        g = _load(g_at, D, BLOCK_D, UNIT)
+        lse = tl.load(STATS + 2 * (at + query), mask=inside, other=0.0)
+        delta = tl.load(STATS + 2 * (at + query) + 1, mask=inside, other=0.0)
+        score = _scores(k, k_at, q, q_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(v, v_at, g, g_at, head_dim, D, UNIT, CHUNK)
+        p = tl.exp2(score * sc - lse[None, :])
         p = _live(p, 0.0, oy, ox, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
-        ds = p * (_product(v, tl.trans(g)) - delta[None, :])
+        ds = p * (dp - delta[None, :])
         gv = _product(p.to(g.dtype), g, gv)
         gk = _product(ds.to(q.dtype), q, gk)
         c += 1
@@ -632,11 +731,15 @@ def image_grad_key_kernel(
     _lo, c, whole_hi, _hi = _reach(j, y0, x0, q_rows, width, radius, KEY_Y, KEY_X, QUERY_Y, QUERY_X)
     for _ in range(whole):
         at = (j * QUERY_Y).to(tl.int64) * width + c * QUERY_X
-        q = load_rows(Q + at * q_sn * UNIT, query, live, q_sn, UNIT, 0, D, BLOCK_D, False, FITS)
-        g = load_rows(G + at * g_sn * UNIT, query, live, g_sn, UNIT, 0, D, BLOCK_D, False, FITS)
-        lse = tl.load(LSE + at + query) * _LOG2E
-        delta = tl.load(DELTA + at + query)
-        p, ds = _p_and_ds(k, q, v, g, lse[None, :], delta[None, :], sc)
+        q_at = (Q + at * q_sn * UNIT, query, query >= 0, q_sn)
+        g_at = (G + at * g_sn * UNIT, query, query >= 0, g_sn)
+        q = _load(q_at, D, BLOCK_D, UNIT, False)
+        g = _load(g_at, D, BLOCK_D, UNIT, False)
+        lse = tl.load(STATS + 2 * (at + query))
+        delta = tl.load(STATS + 2 * (at + query) + 1)
+        score = _scores(k, k_at, q, q_at, head_dim, D, UNIT, CHUNK)
+        dp = _scores(v, v_at, g, g_at, head_dim, D, UNIT, CHUNK)
+        p, ds = _p_and_ds(score, dp, lse[None, :], delta[None, :], sc)
         gv = _product(p.to(g.dtype), g, gv)
         gk = _product(ds.to(q.dtype), q, gk)
         c += 1
@@ -652,9 +755,10 @@ def image_grad_key_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def dense_grad_key_kernel(
-    G, Q, K, V, LSE, DELTA, PART_K, PART_V, heads, queries, first, count, chunk, keys,
-    g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, scale,
+    G, Q, K, V, STATS, PART_K, PART_V, heads, queries, first, count, chunk, keys,
+    g_sb, g_sh, g_sn, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, scale, head_dim,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Partial grad_k and grad_v of a block of the `keys` keys at K, V, all of which every query of a chunk sees.
 
@@ -669,19 +773,20 @@ def dense_grad_key_kernel(
     n = tl.arange(0, BLOCK_K)
     live = start + n < keys
     at = start.to(tl.int64)
-    k = load_rows(K + b * k_sb * UNIT + h * k_sh * UNIT + at * k_sn * UNIT, n, live, k_sn, UNIT, 0, D, BLOCK_D, True,
-                  D == BLOCK_D)  # fmt: skip
-    v = load_rows(V + b * v_sb * UNIT + h * v_sh * UNIT + at * v_sn * UNIT, n, live, v_sn, UNIT, 0, D, BLOCK_D, True,
-                  D == BLOCK_D)  # fmt: skip
+    k_at = (K + b * k_sb * UNIT + h * k_sh * UNIT + at * k_sn * UNIT, n, live, k_sn)
+    v_at = (V + b * v_sb * UNIT + h * v_sh * UNIT + at * v_sn * UNIT, n, live, v_sn)
+    k = _load(k_at, D, BLOCK_D, UNIT)
+    v = _load(v_at, D, BLOCK_D, UNIT)
     query = first + tl.cast(split, tl.int64) * chunk
     Q += b * q_sb * UNIT + h * q_sh * UNIT + query * q_sn * UNIT
     G += b * g_sb * UNIT + h * g_sh * UNIT + query * g_sn * UNIT
-    LSE += row.to(tl.int64) * queries + query
-    DELTA += row.to(tl.int64) * queries + query
+    STATS += 2 * (row.to(tl.int64) * queries + query)
     gk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     gv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    gk, gv = _grad_key_dense(k, v, Q, G, LSE, DELTA, tl.minimum(count - split * chunk, chunk), q_sn, g_sn, gk, gv, sc,
-                             D, BLOCK_D, UNIT, BLOCK_Q)  # fmt: skip
+    gk, gv = _grad_key_dense(
+        k, k_at, v, v_at, Q, G, STATS, tl.minimum(count - split * chunk, chunk), q_sn, g_sn, gk, gv, sc, head_dim,
+        D, BLOCK_D, UNIT, BLOCK_Q, CHUNK,
+    )  # fmt: skip
     at = (tl.cast(split, tl.int64) * (tl.num_programs(0) // blocks) + row) * keys + start
     store_rows(PART_K + at * D, gk * scale, n, live, D, 1, 0, D, BLOCK_D, True, D == BLOCK_D)
     store_rows(PART_V + at * D, gv, n, live, D, 1, 0, D, BLOCK_D, True, D == BLOCK_D)
@@ -801,24 +906,45 @@ def pool_sum_kernel(PART, OUT, programs, BLOCK: tl.constexpr):
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
+# Tiles (QUERY_Y, QUERY_X, KEY_Y, KEY_X) and CHUNK by kernel, tensor core and padded head dim, eight warps each: the
+# largest that the compiler keeps in registers (tests/test_triton_window_attention.py). wgmma takes its operands from
+# shared memory; mma.sync from registers, where 64 keys of 128 columns would fill half of them. CHUNK: a block of rows
+# whole is one operand too many, so scores are summed over columns that are read again from L1.
+_WGMMA = {
+    "forward": {64: (8, 16, 8, 8, 0), 128: (8, 16, 8, 8, 0), 256: (8, 8, 8, 8, 0)},
+    "grad_query": {64: (8, 16, 8, 8, 0), 128: (8, 16, 8, 8, 0), 256: (8, 8, 8, 8, 64)},
+    "grad_key": {64: (4, 8, 8, 16, 0), 128: (4, 8, 8, 16, 0), 256: (4, 8, 8, 8, 64)},
+}
+_MMA = {
+    "forward": {64: (8, 16, 8, 8, 0), 128: (8, 16, 4, 8, 0), 256: (8, 8, 4, 8, 64)},
+    "grad_query": {64: (8, 16, 4, 8, 0), 128: (8, 16, 4, 8, 64), 256: (8, 8, 4, 8, 64)},
+    "grad_key": {64: (2, 8, 8, 16, 0), 128: (4, 8, 8, 8, 64), 256: (4, 8, 4, 8, 64)},
+}
+_FLOAT32 = {"forward": (4, 8, 2, 8, 32), "grad_query": (4, 8, 2, 8, 32), "grad_key": (2, 8, 4, 8, 32)}
+
+
 @lru_cache(None)
 def blocks(kernel: str, D: int, dtype: torch.dtype, core: str) -> dict:
     """Tile shapes, warps and pipeline stages: one choice per kernel, head dim, type and tensor core."""
     padded = max(16, triton.next_power_of_2(D))
-    choice = {"D": D, "BLOCK_D": padded}
-    wide = dtype == torch.float32
-    if kernel in ("image_forward", "image_grad_query"):
-        tiles = (4, 8, 4, 8) if wide else (8, 16, 8, 8)
-        choice |= dict(zip(("QUERY_Y", "QUERY_X", "KEY_Y", "KEY_X"), tiles, strict=True), BLOCK_K=32 if wide else 64)
-    elif kernel in ("text_forward", "text_grad_query"):
-        choice |= {"BLOCK_Q": 32 if wide else 128, "BLOCK_K": 32 if wide else 64}
-    elif kernel == "image_grad_key":
-        tiles = (4, 8, 4, 8) if wide else (4, 8, 8, 16)
-        choice |= dict(zip(("QUERY_Y", "QUERY_X", "KEY_Y", "KEY_X"), tiles, strict=True))
-    elif kernel == "dense_grad_key":
-        choice |= {"BLOCK_Q": 32, "BLOCK_K": 32 if wide else 128}
-    choice |= {"num_warps": 4 if wide else 8, "num_stages": 2}
-    return choice
+    name = kernel.removeprefix("image_").removeprefix("text_").removeprefix("dense_")
+    if dtype == torch.float32:
+        query_y, query_x, key_y, key_x, chunk = _FLOAT32[name]
+        chunk = min(chunk, padded)
+    else:
+        query_y, query_x, key_y, key_x, chunk = (_MMA if core == "mma" else _WGMMA)[name][max(64, padded)]
+    choice = {"D": D, "BLOCK_D": padded, "CHUNK": chunk}
+    queries, keys = query_y * query_x, key_y * key_x
+    if kernel == "text_forward" and keys == 64 and padded <= 128:
+        keys = 128  # no addresses of tiles to keep: half as many rescalings of the accumulator
+    if kernel.startswith("image_"):
+        choice |= {"QUERY_Y": query_y, "QUERY_X": query_x, "KEY_Y": key_y, "KEY_X": key_x}
+        if name != "grad_key":
+            choice["BLOCK_K"] = keys
+    else:
+        choice |= {"BLOCK_Q": queries, "BLOCK_K": keys}
+    # Float32 waits for its FMA units, not for memory.
+    return choice | {"num_warps": 8, "num_stages": 1 if dtype == torch.float32 else 2}
 
 
 def _row_blocks(D: int) -> dict:
@@ -888,10 +1014,6 @@ def _positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]
     return (-q, -scale) if scale <= -1e-30 else (q * 0.0, 1.0)
 
 
-def _columns(choice: dict, rows: str) -> int:
-    return choice[f"{rows}_Y"] * choice[f"{rows}_X"]
-
-
 @_launched_on_tensor_device
 def forward(
     q, k, v, pooled_k, pooled_v, height, width, radius, text_length, text_first, q_row, q_text_length, scale, out, lse
@@ -915,7 +1037,7 @@ def forward(
         image_forward_kernel[(tiles * B * H,)](
             q, k, v, pk, pv, out, lse, H, N, height, width, at.radius, at.text, at.k_text, at.k_image, pk.shape[2],
             q_row, at.q_rows, at.q_image, *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
-            *_strides(pk, unit), *_strides(pv, unit), *_strides(out, unit), scale,
+            *_strides(pk, unit), *_strides(pv, unit), *_strides(out, unit), scale, D,
             HAS_POOLED=has_pooled, UNIT=unit, **config,
         )  # fmt: skip
     if at.q_texts and at.keys == 0:
@@ -931,7 +1053,7 @@ def forward(
         unit = stride_unit(q, k, v)
         text_forward_kernel[(groups * B * H, splits)](
             q, k, v, part, part_lse, H, at.q_text, at.q_texts, at.keys, chunk, *_strides(q, unit), *_strides(k, unit),
-            *_strides(v, unit), scale, UNIT=unit, **config,
+            *_strides(v, unit), scale, D, UNIT=unit, **config,
         )  # fmt: skip
         config = _row_blocks(D)
         config["BLOCK_Q"] = config.pop("BLOCK")
@@ -973,7 +1095,7 @@ def backward(
     core = tensor_core(q.device)
     has_lse = grad_lse is not None
     glse = grad_lse.contiguous() if has_lse else lse
-    delta = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
+    stats = torch.empty(B, H, N, 2, dtype=torch.float32, device=q.device)  # lse in base 2 and delta
     has_pooled = pooled_k is not None and pooled_k.shape[2] > 0
     if at.images:
         pk, pv = (pooled_k, pooled_v) if has_pooled else (k, v)
@@ -981,10 +1103,10 @@ def backward(
         config = blocks("image_grad_query", D, q.dtype, core)
         tiles = -(-at.q_rows // config["QUERY_Y"]) * -(-width // config["QUERY_X"])
         image_grad_query_kernel[(tiles * B * H,)](
-            grad_out, glse, q, k, v, pk, pv, out, lse, delta, grad_q, H, N, height, width, at.radius, at.text,
+            grad_out, glse, q, k, v, pk, pv, out, lse, stats, grad_q, H, N, height, width, at.radius, at.text,
             at.k_text, at.k_image, pk.shape[2], q_row, at.q_rows, at.q_image, *_strides(grad_out, unit),
             *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(pk, unit), *_strides(pv, unit),
-            *_strides(out, unit), *_strides(grad_q, unit), scale,
+            *_strides(out, unit), *_strides(grad_q, unit), scale, D,
             HAS_POOLED=has_pooled, HAS_GRAD_LSE=has_lse, UNIT=unit, **config,
         )  # fmt: skip
     if at.q_texts:
@@ -994,9 +1116,9 @@ def backward(
         splits, chunk = split_dense(at.keys, at.q_texts, groups * H, 1, config["BLOCK_K"], q.device)
         part = torch.empty(splits, B * H, at.q_texts, D, dtype=torch.float32, device=q.device)
         text_grad_query_kernel[(groups * B * H, splits)](
-            grad_out, glse, q, k, v, out, lse, delta, part, H, N, at.q_text, at.q_texts, at.keys, chunk,
+            grad_out, glse, q, k, v, out, lse, stats, part, H, N, at.q_text, at.q_texts, at.keys, chunk,
             *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(out, unit),
-            scale, HAS_GRAD_LSE=has_lse, UNIT=unit, **config,
+            scale, D, HAS_GRAD_LSE=has_lse, UNIT=unit, **config,
         )  # fmt: skip
         _sum_partials(part, grad_q[:, :, at.q_text : at.q_text + at.q_texts])
     if height * width:
@@ -1004,22 +1126,22 @@ def backward(
         config = blocks("image_grad_key", D, q.dtype, core)
         tiles = -(-height // config["KEY_Y"]) * -(-width // config["KEY_X"])
         image_grad_key_kernel[(tiles * B * H,)](
-            grad_out, q, k, v, lse, delta, grad_k, grad_v, H, N, height, width, at.radius, at.k_image, q_row, at.q_rows,
+            grad_out, q, k, v, stats, grad_k, grad_v, H, N, height, width, at.radius, at.k_image, q_row, at.q_rows,
             at.q_image, at.q_text, at.q_texts, *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit),
-            *_strides(v, unit), *_strides(grad_k, unit), *_strides(grad_v, unit), scale, UNIT=unit, **config,
+            *_strides(v, unit), *_strides(grad_k, unit), *_strides(grad_v, unit), scale, D, UNIT=unit, **config,
         )  # fmt: skip
     if at.text:
         rows = slice(at.k_text, at.k_text + at.text)
         _grad_key_dense_launch(
-            grad_out, q, k[:, :, rows], v[:, :, rows], lse, delta, 0, N, scale, grad_k[:, :, rows], grad_v[:, :, rows]
+            grad_out, q, k[:, :, rows], v[:, :, rows], stats, 0, N, scale, grad_k[:, :, rows], grad_v[:, :, rows]
         )
     if has_pooled:
         _grad_key_dense_launch(
-            grad_out, q, pooled_k, pooled_v, lse, delta, at.q_image, at.images, scale, grad_pooled_k, grad_pooled_v
+            grad_out, q, pooled_k, pooled_v, stats, at.q_image, at.images, scale, grad_pooled_k, grad_pooled_v
         )
 
 
-def _grad_key_dense_launch(grad_out, q, k, v, lse, delta, first, count, scale, grad_k, grad_v):
+def _grad_key_dense_launch(grad_out, q, k, v, stats, first, count, scale, grad_k, grad_v):
     """grad_k and grad_v of keys that all the queries first .. first + count see."""
     B, H, keys, D = k.shape
     unit = stride_unit(grad_out, q, k, v)
@@ -1028,8 +1150,8 @@ def _grad_key_dense_launch(grad_out, q, k, v, lse, delta, first, count, scale, g
     splits, chunk = split_dense(count, keys, groups * H, 2, config["BLOCK_Q"], q.device)
     part = torch.empty(2, splits, B * H, keys, D, dtype=torch.float32, device=q.device)
     dense_grad_key_kernel[(groups * B * H, splits)](
-        grad_out, q, k, v, lse, delta, part[0], part[1], H, q.shape[2], first, count, chunk, keys,
-        *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), scale, UNIT=unit,
+        grad_out, q, k, v, stats, part[0], part[1], H, q.shape[2], first, count, chunk, keys,
+        *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), scale, D, UNIT=unit,
         **config,
     )  # fmt: skip
     _sum_partials(part[0], grad_k)
