@@ -197,6 +197,19 @@ def test_quick_is_small_unless_an_option_says_otherwise(run, models, calls):
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        ((0.126, 0.1, 0.2), "+0.13 [+0.10, +0.20]"),
+        ((-0.001, -0.2, 0.004), "+0.00 [-0.20, +0.00]"),
+        (None, "–"),
+    ],
+    ids=["plain", "nothing-has-no-sign-of-its-own", "none"],
+)
+def test_figures_in_tables(figure, text):
+    assert command._number(figure, 2, "+") == text
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 
 

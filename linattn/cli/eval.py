@@ -234,7 +234,7 @@ def linfusion_mounted(pipe, weights=None):
 
 
 def tables(result: Evaluation, titles: Mapping[str, str] = TITLES) -> str:
-    """An evaluation as three tables in text: accuracies, pictures, and paired differences."""
+    """An evaluation as tables in text: accuracies, distances, diversity, and paired differences."""
     from linattn.demos._layout import table
 
     groups, settings = list(result.groups), result.settings
@@ -303,7 +303,7 @@ def _overall(groups: list[str]) -> str:
 def _number(figure, places: int, sign: str = "") -> str:
     if figure is None:
         return "–"
-    value, low, high = (f"{x + 0.0:{sign}.{places}f}" for x in figure)
+    value, low, high = (f"{round(x, places) + 0.0:{sign}.{places}f}" for x in figure)  # no -0.00
     return f"{value} [{low}, {high}]"
 
 
