@@ -289,7 +289,7 @@ def pool_tokens(x: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     """Weighted sum of each f x f patch of the grid; a patch that runs over the edge reads the nearest token."""
     dtype = x.dtype
     x = _wide(x)
-    pooled = torch.einsum("bhyixjd,ij->bhyxd", _patches(x, weight, height, width), weight.to(x.dtype))
+    pooled = _patches(x, weight, height, width) @ weight.to(x.dtype).flatten()
     return pooled.flatten(2, 3).to(dtype)
 
 
@@ -300,11 +300,11 @@ def pool_tokens_backward(grad_out: Tensor, x: Tensor, weight: Tensor, height: in
     weight = weight.to(x.dtype)
     rows, columns = _clamped(weight.shape[0], height, width, x.device)
     grad = grad_out.unflatten(2, geometry.pooled_size(height, width, weight.shape[0]))
-    grad_weight = torch.einsum("bhyixjd,bhyxd->ij", _patches(x, weight, height, width), grad)
-    spread = torch.einsum("bhyxd,ij->bhyixjd", grad, weight).flatten(4, 5).flatten(2, 3)
+    grad_weight = grad.flatten() @ _patches(x, weight, height, width).flatten(0, -2)
+    spread = (grad[:, :, :, None, :, None] * weight[:, None, :, None]).flatten(4, 5).flatten(2, 3)
     grad_x = x.new_zeros(*x.shape[:2], height, columns.numel(), x.shape[3]).index_add_(2, rows, spread)
     grad_x = x.new_zeros(*x.shape[:2], height, width, x.shape[3]).index_add_(3, columns, grad_x)
-    return grad_x.flatten(2, 3).to(dtype), grad_weight
+    return grad_x.flatten(2, 3).to(dtype), grad_weight.reshape(weight.shape)
 
 
 def _clamped(factor: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -314,9 +314,9 @@ def _clamped(factor: int, height: int, width: int, device: torch.device) -> tupl
 
 
 def _patches(x: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, height * width, D) -> (B, H, rows of patches, f, columns of patches, f, D)."""
+    """(B, H, height * width, D) -> (B, H, rows of patches, columns of patches, D, f * f)."""
     factor = weight.shape[0]
     rows, columns = _clamped(factor, height, width, x.device)
     x = x.unflatten(2, (height, width)).index_select(2, rows).index_select(3, columns)
     n, m = geometry.pooled_size(height, width, factor)
-    return x.unflatten(3, (m, factor)).unflatten(2, (n, factor))
+    return x.unflatten(3, (m, factor)).unflatten(2, (n, factor)).permute(0, 1, 2, 4, 6, 3, 5).flatten(-2)
