@@ -43,7 +43,6 @@ SIZES += ["programs", "scale", "head_dim"]
 SIZES += [f"{tensor}_s{axis}" for tensor in _TENSORS for axis in "bhn"]
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 # Squares of distances are int32 in the kernels, and a tile may reach 64 tokens beyond the radius.
 LARGEST_RADIUS = 46_000
@@ -325,7 +324,7 @@ def image_forward_kernel(
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     store_rows(O + b * o_sb * UNIT + h * o_sh * UNIT + first * o_sn * UNIT, out, token, live, o_sn, UNIT, 0, D, BLOCK_D,
                True, FITS)  # fmt: skip
-    tl.store(LSE + row.to(tl.int64) * queries + first + token, (m * sc + tl.log2(l)) * _LN2, mask=live)
+    tl.store(LSE + row.to(tl.int64) * queries + first + token, m * scale + tl.log(l), mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -335,7 +334,7 @@ def text_forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out and lse (in base 2) of a block of text queries over one chunk of the keys; they begin at q_text in q."""
+    """out and lse of a block of text queries over one chunk of the keys; they begin at q_text in q."""
     blocks = tl.cdiv(q_texts, BLOCK_Q)
     row = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_Q
@@ -358,7 +357,7 @@ def text_forward_kernel(
     out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     at = (tl.cast(split, tl.int64) * (tl.num_programs(0) // blocks) + row) * q_texts + first
     store_rows(PART + at * D, out, n, live, D, 1, 0, D, BLOCK_D, True, D == BLOCK_D)
-    tl.store(PART_LSE + at + n, m * sc + tl.log2(l), mask=live)
+    tl.store(PART_LSE + at + n, m * scale + tl.log(l), mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -383,7 +382,7 @@ def text_merge_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for split in range(splits):
         part = at + split * step
-        weight = tl.exp2(tl.load(PART_LSE + part + n, mask=live, other=0.0) - top)
+        weight = tl.exp2((tl.load(PART_LSE + part + n, mask=live, other=0.0) - top) * _LOG2E)
         out = load_rows(PART + part * D, n, live, D, 1, 0, D, BLOCK_D, True, D == BLOCK_D)
         acc += weight[:, None] * out
         total += weight
@@ -391,7 +390,7 @@ def text_merge_kernel(
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     store_rows(O + b * o_sb * UNIT + h * o_sh * UNIT + at * o_sn * UNIT, out, n, live, o_sn, UNIT, 0, D, BLOCK_D, True,
                D == BLOCK_D)  # fmt: skip
-    tl.store(LSE + row.to(tl.int64) * queries + at + n, (top + tl.log2(total)) * _LN2, mask=live)
+    tl.store(LSE + row.to(tl.int64) * queries + at + n, top + tl.log(total), mask=live)
 
 
 # ---- backward: gradient of the queries -------------------------------------------------------------------------------
@@ -888,7 +887,7 @@ def pool_grad_weight_kernel(
             g = load_rows(G, patch, live, g_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
             token = load_rows(X, y * width + x, live, x_sn, UNIT, 0, D, BLOCK_D, True, D == BLOCK_D)
             total += g.to(tl.float32) * token.to(tl.float32)
-        at = PART + i.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        at = PART + tl.cast(i, tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(at, tl.sum(tl.sum(total, 1), 0))
 
 
@@ -947,7 +946,7 @@ def blocks(kernel: str, D: int, dtype: torch.dtype, core: str) -> dict:
     return choice | {"num_warps": 8, "num_stages": 1 if dtype == torch.float32 else 2}
 
 
-def _row_blocks(D: int) -> dict:
+def row_blocks(D: int) -> dict:
     """Blocks of 32 to 64 rows for the kernels that only move and add rows."""
     padded = max(16, triton.next_power_of_2(D))
     return {"D": D, "BLOCK_D": padded, "BLOCK": max(16, min(64, 4096 // padded)), "num_warps": 4}
@@ -977,14 +976,15 @@ def split_dense(count: int, rows: int, programs: int, floats: int, block: int, d
     float32 numbers per row and head dim.
 
     Enough splits to fill the device four times with `programs` programs of one sample (never a function of the batch:
-    the split decides the order of the sums, and a sample must give the same bits in any batch), chunks of 512 tokens or
-    more, of at most 16,384 (long float32 sums lose bits), and a workspace below 4 % of q, k, v and out of 16 bits.
+    the split decides the order of the sums, and a sample must give the same bits in any batch), chunks of 512 to 16,384
+    tokens (long float32 sums lose bits), but above 32k tokens a workspace below 4 % of q, k, v and out of 16 bits.
     """
     if count == 0:
         return 1, block
-    fill = -(-4 * multiprocessors(device) // programs)
-    small = max(1, count * 8 // (25 * floats * rows)) if count > 32768 else fill
-    splits = max(1, min(fill, small, count // 512), -(-count // 16384) if count // 16384 <= small else 1)
+    fill = min(-(-4 * multiprocessors(device) // programs), count // 512)
+    exact = -(-count // 16384)
+    affordable = 2 * count // (25 * floats * rows) if count > 32768 else fill
+    splits = max(1, min(max(fill, exact), affordable))
     chunk = -(-count // splits)
     chunk = -(-chunk // block) * block
     return -(-count // chunk), chunk
@@ -1055,7 +1055,7 @@ def forward(
             q, k, v, part, part_lse, H, at.q_text, at.q_texts, at.keys, chunk, *_strides(q, unit), *_strides(k, unit),
             *_strides(v, unit), scale, D, UNIT=unit, **config,
         )  # fmt: skip
-        config = _row_blocks(D)
+        config = row_blocks(D)
         config["BLOCK_Q"] = config.pop("BLOCK")
         unit = stride_unit(out)
         text_merge_kernel[(-(-at.q_texts // config["BLOCK_Q"]) * B * H,)](
@@ -1065,7 +1065,7 @@ def forward(
 
 def _sum_partials(part: torch.Tensor, out: torch.Tensor) -> None:
     """out (B, H, n, D) = part [splits, B * H, n, D] summed over the splits."""
-    config = _row_blocks(out.shape[-1])
+    config = row_blocks(out.shape[-1])
     unit = stride_unit(out)
     B, H, count, _ = out.shape
     sum_partials_kernel[(-(-count // config["BLOCK"]) * B * H,)](
@@ -1173,7 +1173,7 @@ def pool(x, weight, height, width, out):
         return
     factor = weight.shape[0]
     unit = stride_unit(x, out)
-    config = _row_blocks(D)
+    config = row_blocks(D)
     pool_kernel[(-(-patches // config["BLOCK"]) * B * H,)](
         x, weight.float().contiguous(), out, H, height, width, factor, -(-width // factor), patches,
         *_strides(x, unit), *_strides(out, unit), UNIT=unit, **config,
@@ -1192,7 +1192,7 @@ def pool_backward(grad_out, x, weight, height, width, grad_x, grad_weight):
         return
     factor = weight.shape[0]
     columns = -(-width // factor)
-    config = _row_blocks(D)
+    config = row_blocks(D)
     unit = stride_unit(grad_out, grad_x)
     pool_grad_x_kernel[(-(-height * width // config["BLOCK"]) * B * H,)](
         grad_out, weight.float().contiguous(), grad_x, H, height, width, factor, columns, *_strides(grad_out, unit),
