@@ -21,13 +21,17 @@ def sanitizer_works(name, folder):
     return made.returncode == 0 and subprocess.run([str(folder / "probe")], capture_output=True).returncode == 0
 
 
+FAMILIES = ["linear_attention", "window_attention"]
+
+
 @needs_compiler
-def test_native_driver_is_clean_under_address_and_undefined_sanitizers(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_driver_is_clean_under_address_and_undefined_sanitizers(family, tmp_path):
     if not sanitizer_works("address,undefined", tmp_path):
         pytest.skip(f"{COMPILER} has no working AddressSanitizer")
-    kernel = SOURCES / "linear_attention.cpp"
+    kernel = SOURCES / f"{family}.cpp"
     units = [(kernel, [*FLAGS[isa], f"-DLINATTN_ISA={isa}"]) for isa in ISAS]
-    units += [(SOURCES / "isa.cpp", []), (ROOT / "tests/native/check_linear_attention.cpp", [])]
+    units += [(SOURCES / "isa.cpp", []), (ROOT / f"tests/native/check_{family}.cpp", [])]
     options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DLINATTN_POISON"]
     if "g++" in Path(COMPILER).name:  # checks as calls: half the compile time
         options += ["--param", "asan-instrumentation-with-call-threshold=0"]
@@ -40,13 +44,14 @@ def test_native_driver_is_clean_under_address_and_undefined_sanitizers(tmp_path)
 
 
 @needs_compiler
-def test_native_driver_is_clean_under_thread_sanitizer(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_driver_is_clean_under_thread_sanitizer(family, tmp_path):
     if not sanitizer_works("thread", tmp_path):
         pytest.skip(f"{COMPILER} has no working ThreadSanitizer")
     units = [
-        (SOURCES / "linear_attention.cpp", ["-DLINATTN_ISA=baseline"]),
+        (SOURCES / f"{family}.cpp", ["-DLINATTN_ISA=baseline"]),
         (SOURCES / "isa.cpp", []),
-        (ROOT / "tests/native/check_linear_attention.cpp", []),
+        (ROOT / f"tests/native/check_{family}.cpp", []),
     ]
     program = compile_all(tmp_path, units, ["-O1", "-g1", "-fsanitize=thread", "-DLINATTN_ONLY_BASELINE"], "check")
     done = subprocess.run([str(program)], capture_output=True, text=True)

@@ -113,6 +113,36 @@ LINATTN_INLINE void stream(bf16* p, V a) { _mm256_stream_si256(reinterpret_cast<
 LINATTN_INLINE void stream(f16* p, V a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), f16_bits(a)); }
 LINATTN_INLINE void stream_fence() { _mm_sfence(); }
 
+// dst[c][r] = src[r][c] for a block of W x W 4-byte units.
+constexpr bool kTransposes = true;
+LINATTN_INLINE void transpose_block(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
+  __m512i r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(src + i * ld_src);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // r[i + j]: column 4 b + j of rows i .. i + 3 in the 128 bits b
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    _mm512_storeu_si512(dst + j * ld_dst, _mm512_shuffle_i32x4(even, even2, 0x88));
+    _mm512_storeu_si512(dst + (4 + j) * ld_dst, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+    _mm512_storeu_si512(dst + (8 + j) * ld_dst, _mm512_shuffle_i32x4(even, even2, 0xdd));
+    _mm512_storeu_si512(dst + (12 + j) * ld_dst, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+  }
+}
+
 #elif defined(__AVX2__)
 // --------------------------------------------------------------------------------------------------- AVX2
 struct V {
@@ -196,6 +226,30 @@ LINATTN_INLINE void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
 LINATTN_INLINE void stream(bf16* p, V a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), bf16_bits(a)); }
 LINATTN_INLINE void stream(f16* p, V a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), f16_bits(a)); }
 LINATTN_INLINE void stream_fence() { _mm_sfence(); }
+
+constexpr bool kTransposes = true;
+LINATTN_INLINE void transpose_block(const uint32_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(src + i * ld_src));
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {  // r[i + j]: column 4 b + j of rows i .. i + 3 in the 128 bits b
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + j * ld_dst), _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + (4 + j) * ld_dst), _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+  }
+}
 
 #else
 // ----------------------------------------------------------------------------------- baseline: any machine
@@ -297,6 +351,8 @@ LINATTN_INLINE void stream(T* p, V a) {
   store_n(p, a, V::W);
 }
 LINATTN_INLINE void stream_fence() {}
+constexpr bool kTransposes = false;
+LINATTN_INLINE void transpose_block(const uint32_t*, int64_t, uint32_t*, int64_t) {}
 #endif
 
 // Stores a full register as bfloat16 and gives back what was stored.
@@ -311,7 +367,7 @@ LINATTN_INLINE V store_rounded(bf16* p, V a) {
 #endif
 }
 
-LINATTN_INLINE V broadcast(const uint32_t* p) {
+LINATTN_INLINE V broadcast(const void* p) {
   float x;
   memcpy(&x, p, 4);
   return set1(x);

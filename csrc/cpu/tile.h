@@ -182,9 +182,15 @@ struct StoreTo {  // C = block
 
 // dst[c][r] = src[r][c], 4-byte units.
 inline void transpose_units(const uint32_t* src, int64_t ld_src, int rows, int columns, uint32_t* dst, int64_t ld_dst) {
-  for (int r0 = 0; r0 < rows; r0 += 16)
-    for (int c = 0; c < columns; ++c)
-      for (int r = r0; r < lesser(r0 + 16, rows); ++r) dst[c * ld_dst + r] = src[r * ld_src + c];
+  constexpr int B = kTransposes ? V::W : 16;
+  for (int r0 = 0; r0 < rows; r0 += B) {
+    int c0 = 0;
+    if (kTransposes && r0 + B <= rows)
+      for (; c0 + B <= columns; c0 += B)
+        transpose_block(src + r0 * ld_src + c0, ld_src, dst + c0 * ld_dst + r0, ld_dst);
+    for (int c = c0; c < columns; ++c)
+      for (int r = r0; r < lesser(r0 + B, rows); ++r) dst[c * ld_dst + r] = src[r * ld_src + c];
+  }
 }
 
 // f(slot, task) for every task in [0, tasks), taken from one counter by at most parallel.threads slots. Which slot gets

@@ -39,6 +39,7 @@ constexpr int kMaxLanes = 64;
 constexpr int kMaxGroup = 4;           // tiles that share a gathered chunk
 constexpr int64_t kMinSplit = 8192;    // rows per split, at least; and
 constexpr int64_t kSplitPerLane = 64;  // ... per token in the lanes: keeps partial results small beside the tensors
+constexpr int kAhead = 3;              // rows of the next chunk that are fetched per register block
 constexpr int64_t kRun = 512;          // tokens per task of simple loops
 constexpr float kLowest = -3.4028235e38f;
 constexpr float kInfinity = __builtin_inff();
@@ -62,11 +63,38 @@ struct Patch {
 // Rows: a chunk of tokens. limit[i] is null where all lanes see row i, else lane l sees it if |column of l - x| <
 // limit.
 struct Chunk {
-  int n = 0;
+  int n = 0, tile = 0;  // tile: of a window
   bool masked = false, pooled = false;
   int64_t token[kChunk];
   float x[kChunk];
   const float* limit[kChunk];
+};
+
+// Fetches the rows of the next chunk into L2, some at a time.
+struct Ahead {
+  const Chunk* next = nullptr;
+  const char *x1 = nullptr, *x2 = nullptr;  // token 0 of both tensors
+  int64_t stride1 = 0, stride2 = 0;         // bytes
+  int bytes = 0, at = 0;
+  LINATTN_INLINE void fetch(int rows) {
+    if (!next) return;
+    for (int end = lesser(at + rows, next->n); at < end; ++at)
+      for (int i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(x1 + next->token[at] * stride1 + i, 0, 2);
+        __builtin_prefetch(x2 + next->token[at] * stride2 + i, 0, 2);
+      }
+  }
+};
+template <class E>
+struct Fetching {  // an epilogue that also fetches `rows` rows per block
+  const E& epilogue;
+  Ahead& ahead;
+  int rows;
+  template <int R, int N>
+  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
+    ahead.fetch(rows);
+    epilogue(acc, r, column);
+  }
 };
 
 struct Run {
@@ -83,7 +111,7 @@ struct Region {
   bool window = false;  // the image rows [w_row, w_end) begin at w_token
   int64_t w_token = 0, w_row = 0, w_end = 0;
   int64_t splits = 1, split_length = 0;
-  int64_t tiles = 0, tiles_x = 0, groups_x = 0, groups = 0;  // tiles_x, groups_x: per row of tiles
+  int64_t tiles = 0, tiles_x = 0, tiles_y = 0, groups = 0;  // a group is a column of tiles
   int64_t first_task = 0, partials = 0;
 };
 
@@ -96,6 +124,7 @@ struct Tile {
 
 struct Work {                  // one slot's scratch
   uint32_t *rows1, *rows2;     // [kChunk][Dp / U]: k, v | k, v | q, grad_out
+  const char** in_place;       // [kChunk]: instead of rows1 the rows of k where they lie
   uint32_t *tall1, *tall2;     // the same paired along rows [kChunk / U][Dp]; for one value per unit the same memory
   float *s, *dp;               // [kChunk][L]
   uint32_t *p, *ds;            // [kChunk / U][L]; for one value per unit over s and dp
@@ -116,6 +145,49 @@ struct Bump {  // measures (base null) or deals out a block
     return p;
   }
 };
+
+// ------------------------------------------------------------------------------------------------- rows in place
+
+// C[rows, vectors * W] = A B as gemm does, the rows of A where they lie: A[row] points at units, for the rows up to the
+// next multiple of kRowPad.
+template <class M, int N, class Epilogue>
+__attribute__((noinline)) void gemm_rows_panel(int rows, int column, int depth, const char* const* A, const uint32_t* B,
+                                               int64_t ldb, const Epilogue& epilogue) {
+  constexpr int R = block_rows(N);
+  for (int r = 0; r < rows; r += R) {
+    const char* a[R];
+    V acc[R][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      a[i] = A[r + i];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[i][j] = zero();
+    }
+    const uint32_t* p = B + column;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; ++k, p += ldb) {
+      V b[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) b[j] = load(p + j * V::W);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        V x = broadcast(a[i] + 4 * k);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) acc[i][j] = M::mac(acc[i][j], x, b[j]);
+      }
+    }
+    epilogue(acc, r, column);
+  }
+}
+template <class M, class Epilogue>
+void gemm_rows(int rows, int vectors, int depth, const char* const* A, const uint32_t* B, int64_t ldb,
+               const Epilogue& epilogue) {
+  constexpr int N = kMaxVectors;
+  static_assert(N == 4 || N == 2);
+  int v = 0;
+  for (; v + N <= vectors; v += N) gemm_rows_panel<M, N>(rows, v * V::W, depth, A, B, ldb, epilogue);
+  for (; v < vectors; v += 2) gemm_rows_panel<M, 2>(rows, v * V::W, depth, A, B, ldb, epilogue);
+}
 
 // ------------------------------------------------------------------------------------------------ epilogues
 
@@ -182,7 +254,8 @@ T* at(const View& x, int64_t b, int64_t h, int64_t n) {
 template <class T>
 struct Op {
   using M = typename Multiply<T>::M;
-  static constexpr int U = M::U, W = V::W, kDegree = exp_degree<T>;
+  // Of exp: the shortest one would show in lse, which is float32 for every type.
+  static constexpr int U = M::U, W = V::W, kDegree = greater(4, exp_degree<T>);
 
   const WindowAttentionArgs& a;
   const Parallel& parallel;
@@ -225,19 +298,20 @@ struct Op {
     return PASS == kGradKV ? a.grad_out : pooled ? a.pooled_v : a.v;
   }
 
-  void pack_row(const T* p, uint32_t* A) const {
-    for (int j = 0; j < D; j += W) {
-      int w = lesser(W, D - j);
+  static void pack_row(const T* p, int D, uint32_t* A) {
+    auto part = [&](int j, int w) LINATTN_INLINE_LAMBDA {
       if constexpr (U == 1) store(A + j, load_n(p + j, w));
 #ifdef __AVX512BF16__
-      else
-        store_16(reinterpret_cast<bf16*>(A) + j, load_16(p + j, w), W);
+      if constexpr (U == 2) store_16(reinterpret_cast<bf16*>(A) + j, load_16(p + j, w), W);
 #endif
-    }
+    };
+    int j = 0;
+    for (; j + W <= D; j += W) part(j, W);
+    if (j < D) part(j, D - j);
   }
   void pack_rows(const View& x, int64_t b, int64_t h, const Chunk& c, uint32_t* A) const {
     const T* p = at<T>(x, b, h, 0);
-    for (int i = 0; i < c.n; ++i) pack_row(p + c.token[i] * x.stride_n, A + i * Dpu);
+    for (int i = 0; i < c.n; ++i) pack_row(p + c.token[i] * x.stride_n, D, A + i * Dpu);
   }
   void pack_tall([[maybe_unused]] const View& x, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t h,
                  [[maybe_unused]] const Chunk& c, [[maybe_unused]] uint32_t* A) const {
@@ -247,17 +321,28 @@ struct Op {
       for (int i = 0; i < c.n; i += 2, A += Dp) {
         const T* first = p + c.token[i] * x.stride_n;
         const T* second = i + 1 < c.n ? p + c.token[i + 1] * x.stride_n : nullptr;
-        for (int j = 0; j < D; j += W)
+        const int full = second ? D / W * W : 0;
+        for (int j = 0; j < full; j += W) store(A + j, pair_rows(first + j, second + j, W));
+        for (int j = full; j < D; j += W)
           store(A + j, pair_rows(first + j, second ? second + j : nullptr, lesser(W, D - j)));
       }
     }
 #endif
   }
 
+  // k is read once per tile by forward, so it need not be copied where its values are units as they lie.
+  bool in_place() const { return static_cast<int>(sizeof(T)) * U == 4 && D % U == 0; }
+
   template <int PASS>
   void gather(const Chunk& c, int64_t b, int64_t h, const Work& w) const {
     const View &x1 = rows1<PASS>(c.pooled), &x2 = rows2<PASS>(c.pooled);
-    pack_rows(x1, b, h, c, w.rows1);
+    if (PASS == kForward && in_place()) {
+      const T* p = at<T>(x1, b, h, 0);
+      for (int i = 0; i < round_up(c.n, kRowPad); ++i)
+        w.in_place[i] = reinterpret_cast<const char*>(p + c.token[i < c.n ? i : 0] * x1.stride_n);
+    } else {
+      pack_rows(x1, b, h, c, w.rows1);
+    }
     if (PASS != kForward || U == 1) pack_rows(x2, b, h, c, w.rows2);
     if (U == 2 && PASS != kForward) pack_tall(x1, b, h, c, w.tall1);
     if (U == 2 && PASS != kGradQ) pack_tall(x2, b, h, c, w.tall2);
@@ -269,52 +354,70 @@ struct Op {
       }
   }
 
-  // f(chunk) for the run [first, last) of tokens.
+  // f(chunk, next) for the run [first, last) of tokens; next is null at the end.
   template <class F>
   void dense_chunks(const Run& run, int64_t first, int64_t last, const F& f) const {
-    Chunk c;
-    c.pooled = run.pooled;
-    for (int i = 0; i < kChunk; ++i) c.limit[i] = nullptr, c.x[i] = 0;
-    for (int64_t n = first; n < last; n += kChunk) {
-      c.n = static_cast<int>(lesser<int64_t>(kChunk, last - n));
+    Chunk chunks[2];
+    for (Chunk& c : chunks) {
+      c.pooled = run.pooled;
+      for (int i = 0; i < kChunk; ++i) c.limit[i] = nullptr, c.x[i] = 0;
+    }
+    auto make = [&](Chunk& c, int64_t n) {
+      c.n = static_cast<int>(greater<int64_t>(0, lesser<int64_t>(kChunk, last - n)));
       for (int i = 0; i < c.n; ++i) c.token[i] = run.token + n + i;
-      f(c);
+    };
+    Chunk *now = &chunks[0], *next = &chunks[1];
+    make(*now, first);
+    for (int64_t n = first; n < last; n += kChunk) {
+      make(*next, n + kChunk);
+      f(*now, next->n ? next : nullptr);
+      Chunk* done = now;
+      now = next, next = done;
     }
   }
 
-  // f(chunk) for the tokens of the image rows [w_row, w_end) that a patch can see.
+  // f(chunk, next) for the tokens of the image rows [w_row, w_end) that each of the tiles can see.
   template <class F>
-  void window_chunks(const Region& g, const Patch& p, float* limits, const F& f) const {
-    Chunk c;
-    int64_t bottom = p.y + p.rows - 1, right = p.x + p.columns - 1;
-    int64_t used = 0;
-    for (int64_t y = greater(g.w_row, p.y - radius + 1); y < lesser(g.w_end, bottom + radius); ++y) {
-      int64_t near = greater<int64_t>(0, greater(p.y - y, y - bottom)), far = greater(y - p.y, bottom - y);
-      int64_t reach = half[near], all = far < half_size ? half[far] : -1;
-      int64_t begin = greater<int64_t>(0, p.x - reach), end = lesser(a.width, right + reach + 1);
-      float* limit = nullptr;
-      for (int64_t x = begin; x < end; ++x) {
-        if (c.n == kChunk) {
-          f(c);
-          c.n = 0, c.masked = false, used = 0, limit = nullptr;
-        }
-        bool live = greater(right - x, x - p.x) <= all;
-        if (!live && !limit) {
-          limit = limits + used++ * L;
-          for (int j = 0; j < L / kTileColumns; ++j) {
-            int64_t dy = y - p.y - j;
-            dy = dy < 0 ? -dy : dy;
-            float reached = dy < half_size ? static_cast<float>(half[dy]) + 0.5f : -0.5f;
-            for (int i = 0; i < kTileColumns; ++i) limit[j * kTileColumns + i] = reached;
+  void window_chunks(const Region& g, const Tile* tiles, int count, float* limits, const F& f) const {
+    Chunk chunks[2];
+    Chunk *waiting = nullptr, *c = &chunks[0];
+    int used = 0;
+    auto full = [&] {
+      if (waiting) f(*waiting, c);
+      waiting = c;
+      c = c == &chunks[0] ? &chunks[1] : &chunks[0];
+      c->n = 0, c->masked = false, used = 0;
+    };
+    for (int tile = 0; tile < count; ++tile) {
+      const Patch& p = tiles[tile].patch;
+      const int64_t bottom = p.y + p.rows - 1, right = p.x + p.columns - 1;
+      for (int64_t y = greater(g.w_row, p.y - radius + 1); y < lesser(g.w_end, bottom + radius); ++y) {
+        int64_t near = greater<int64_t>(0, greater(p.y - y, y - bottom)), far = greater(y - p.y, bottom - y);
+        int64_t reach = half[near], all = far < half_size ? half[far] : -1;
+        int64_t begin = greater<int64_t>(0, p.x - reach), end = lesser(a.width, right + reach + 1);
+        float* limit = nullptr;
+        for (int64_t x = begin; x < end; ++x) {
+          if (c->n == kChunk) full(), limit = nullptr;
+          bool live = greater(right - x, x - p.x) <= all;
+          if (!live && !limit) {
+            limit = limits + ((c - chunks) * kChunk + used++) * L;
+            for (int j = 0; j < L / kTileColumns; ++j) {
+              int64_t dy = y - p.y - j;
+              dy = dy < 0 ? -dy : dy;
+              float reached = dy < half_size ? static_cast<float>(half[dy]) + 0.5f : -0.5f;
+              for (int i = 0; i < kTileColumns; ++i) limit[j * kTileColumns + i] = reached;
+            }
           }
+          c->tile = tile;
+          c->token[c->n] = g.w_token + (y - g.w_row) * a.width + x;
+          c->x[c->n] = static_cast<float>(x - p.x);
+          c->limit[c->n++] = live ? nullptr : limit;
+          c->masked = c->masked || !live;
         }
-        c.token[c.n] = g.w_token + (y - g.w_row) * a.width + x;
-        c.x[c.n] = static_cast<float>(x - p.x);
-        c.limit[c.n++] = live ? nullptr : limit;
-        c.masked = c.masked || !live;
       }
+      if (c->n) full();
     }
-    if (c.n) f(c);
+    if (waiting) f(*waiting, nullptr);
   }
 
   // ---- rows that are not finite
@@ -366,9 +469,9 @@ struct Op {
   // acc (+)= A^T P over the rows of a chunk.
   template <class Epilogue>
   void accumulate(const View& x, int64_t b, int64_t h, const Chunk& c, uint32_t* A, const uint32_t* P, float* acc,
-                  const Epilogue& epilogue) const {
+                  const Epilogue& epilogue, Ahead& ahead) const {
     int taken[kChunk], count = c.masked ? take_out(c, A, taken) : 0;
-    gemm<M, true>(D, vectors, divide_up(c.n, U), A, Dp, P, L, epilogue);
+    gemm<M, true>(D, vectors, divide_up(c.n, U), A, Dp, P, L, Fetching<Epilogue>{epilogue, ahead, kAhead});
     if (count) put_back(x, b, h, c, taken, count, P, acc);
   }
 
@@ -429,20 +532,31 @@ struct Op {
   }
 
   template <int PASS>
-  void step(const Tile& t, const Chunk& c, int64_t b, int64_t h, const Work& w) const {
+  void step(const Tile& t, const Chunk& c, const Chunk* next, int64_t b, int64_t h, const Work& w) const {
     const View &x1 = rows1<PASS>(c.pooled), &x2 = rows2<PASS>(c.pooled);
+    constexpr int64_t size = sizeof(T);
+    Ahead ahead{next,
+                reinterpret_cast<const char*>(at<T>(x1, b, h, 0)),
+                reinterpret_cast<const char*>(at<T>(x2, b, h, 0)),
+                x1.stride_n * size,
+                x2.stride_n * size,
+                static_cast<int>(D * size)};
+    const Scores scores{w.s, L, PASS == kForward ? w.max : nullptr, a.scale, c};
     if (PASS == kForward)
       for (int i = 0; i < L; i += W) store(w.max + i, load(t.m + i));
-    gemm<M, false>(c.n, vectors, Du, w.rows1, Dpu, t.x1, L,
-                   Scores{w.s, L, PASS == kForward ? w.max : nullptr, a.scale, c});
+    const Fetching<Scores> epilogue{scores, ahead, kAhead};
+    if (PASS == kForward && in_place())
+      gemm_rows<M>(c.n, vectors, Du, w.in_place, t.x1, L, epilogue);
+    else
+      gemm<M, false>(c.n, vectors, Du, w.rows1, Dpu, t.x1, L, epilogue);
     if constexpr (PASS == kForward) {
       softmax(t, c.n, w);
-      accumulate(x2, b, h, c, w.tall2, w.p, t.acc1, Rescale{t.acc1, L, w.alpha});
+      accumulate(x2, b, h, c, w.tall2, w.p, t.acc1, Rescale{t.acc1, L, w.alpha}, ahead);
     } else {
       gemm<M, false>(c.n, vectors, Du, w.rows2, Dpu, t.x2, L, StoreTo{w.dp, L});
       differentiate<PASS>(t, c.n, c.masked, w);
-      accumulate(x1, b, h, c, w.tall1, w.ds, t.acc1, AddTo{t.acc1, L});
-      if (PASS == kGradKV) accumulate(x2, b, h, c, w.tall2, w.p, t.acc2, AddTo{t.acc2, L});
+      accumulate(x1, b, h, c, w.tall1, w.ds, t.acc1, AddTo{t.acc1, L}, ahead);
+      if (PASS == kGradKV) accumulate(x2, b, h, c, w.tall2, w.p, t.acc2, AddTo{t.acc2, L}, ahead);
     }
   }
 
@@ -474,7 +588,7 @@ struct Op {
   void pack_lanes(const View& x, int64_t b, int64_t h, const Patch& p, uint32_t* dst, const Work& w) const {
     auto* rows = reinterpret_cast<uint32_t*>(w.turn);
     memset(rows, 0, sizeof(uint32_t) * static_cast<size_t>(L) * static_cast<size_t>(Dpu));
-    for_each_lane(p, [&](int lane, int64_t token) { pack_row(at<T>(x, b, h, token), rows + lane * Dpu); });
+    for_each_lane(p, [&](int lane, int64_t token) { pack_row(at<T>(x, b, h, token), D, rows + lane * Dpu); });
     transpose_units(rows, Dpu, L, Du, dst, L);
   }
   void write_lanes(const float* acc, const View& x, int64_t b, int64_t h, const Patch& p, const float* factor,
@@ -560,17 +674,19 @@ struct Op {
   }
   template <int PASS>
   void lay_work(Bump& bump, Work& w, int group) const {
-    w.rows1 = bump.take<uint32_t>(static_cast<int64_t>(kChunk) * Dpu);
+    const bool copied = PASS != kForward || !in_place();
+    w.in_place = bump.take<const char*>(copied ? 0 : kChunk);
+    w.rows1 = bump.take<uint32_t>(copied ? static_cast<int64_t>(kChunk) * Dpu : 0);
     w.rows2 = bump.take<uint32_t>(static_cast<int64_t>(kChunk) * Dpu);
     w.tall1 = w.rows1, w.tall2 = w.rows2;
     w.s = bump.take<float>(kChunk * L), w.dp = bump.take<float>(PASS == kForward ? 0 : kChunk * L);
     w.p = reinterpret_cast<uint32_t*>(w.s), w.ds = reinterpret_cast<uint32_t*>(w.dp);
     if (U == 2) {
-      w.tall1 = bump.take<uint32_t>(static_cast<int64_t>(kChunk) / U * Dp);
+      w.tall1 = bump.take<uint32_t>(PASS == kForward ? 0 : static_cast<int64_t>(kChunk) / U * Dp);
       w.tall2 = bump.take<uint32_t>(static_cast<int64_t>(kChunk) / U * Dp);
       w.p = bump.take<uint32_t>(kChunk / U * L), w.ds = bump.take<uint32_t>(kChunk / U * L);
     }
-    w.limits = bump.take<float>(kChunk * L);
+    w.limits = bump.take<float>(2 * kChunk * L);
     w.max = bump.take<float>(L), w.alpha = bump.take<float>(L);
     w.row_lse = bump.take<float>(kChunk), w.row_delta = bump.take<float>(kChunk);
     w.turn = bump.take<float>(static_cast<int64_t>(L) * Dp);
@@ -586,11 +702,11 @@ struct Op {
   int64_t tasks_of(Region* regions, int count, int group) const {
     int64_t tasks = 0;
     for (Region* g = regions; g < regions + count; ++g) {
-      g->tiles_x = g->grid ? divide_up<int64_t>(a.width, kTileColumns) : divide_up<int64_t>(g->count, L);
-      g->tiles = g->tiles_x;
-      if (g->grid) g->tiles *= divide_up<int64_t>(g->end_row - g->row, L / kTileColumns);
-      g->groups_x = divide_up<int64_t>(g->tiles_x, group);
-      g->groups = g->tiles_x ? g->groups_x * (g->tiles / g->tiles_x) : 0;
+      g->tiles_x = g->grid ? divide_up<int64_t>(a.width, kTileColumns) : 1;
+      g->tiles_y =
+          g->grid ? divide_up<int64_t>(g->end_row - g->row, L / kTileColumns) : divide_up<int64_t>(g->count, L);
+      g->tiles = g->tiles_x * g->tiles_y;
+      g->groups = g->tiles_x * divide_up<int64_t>(g->tiles_y, group);
       g->first_task = tasks;
       tasks += heads * g->groups * g->splits;
     }
@@ -642,28 +758,27 @@ struct Op {
       task -= g->first_task;
       int64_t split = task % g->splits, group_index = task / g->splits % g->groups, head = task / g->splits / g->groups;
       int64_t b = head / a.H, h = head % a.H;
-      int64_t line = group_index / g->groups_x * g->tiles_x, first = group_index % g->groups_x * group;
-      int n = static_cast<int>(lesser<int64_t>(group, g->tiles_x - first));
+      int64_t first = group_index / g->tiles_x * group, column = group_index % g->tiles_x;
+      int n = static_cast<int>(lesser<int64_t>(group, g->tiles_y - first));
       for (int i = 0; i < n; ++i) {
         Tile& t = w.tiles[i];
-        t.patch = patch_of(*g, line + first + i);
-        if (g->splits > 1) use_partial(*g, head, line + first + i, split, t);
+        t.patch = patch_of(*g, (first + i) * g->tiles_x + column);
+        if (g->splits > 1) use_partial(*g, head, first + i, split, t);
         begin<PASS>(t, g->pooled, b, h, w);
       }
       auto dense = [&](const Run& run) {
         int64_t from = split * g->split_length, to = lesser(run.count, from + g->split_length);
-        dense_chunks(run, from, to, [&](const Chunk& c) {
+        dense_chunks(run, from, to, [&](const Chunk& c, const Chunk* next) {
           gather<PASS>(c, b, h, w);
-          for (int i = 0; i < n; ++i) step<PASS>(w.tiles[i], c, b, h, w);
+          for (int i = 0; i < n; ++i) step<PASS>(w.tiles[i], c, i ? nullptr : next, b, h, w);
         });
       };
       dense(g->runs[0]);
       if (g->window)
-        for (int i = 0; i < n; ++i)
-          window_chunks(*g, w.tiles[i].patch, w.limits, [&](const Chunk& c) {
-            gather<PASS>(c, b, h, w);
-            step<PASS>(w.tiles[i], c, b, h, w);
-          });
+        window_chunks(*g, w.tiles, n, w.limits, [&](const Chunk& c, const Chunk* next) {
+          gather<PASS>(c, b, h, w);
+          step<PASS>(w.tiles[c.tile], c, next, b, h, w);
+        });
       dense(g->runs[1]);
       if (g->splits == 1)
         for (int i = 0; i < n; ++i) finish<PASS>(w.tiles[i], g->pooled, b, h, w);
