@@ -154,7 +154,7 @@ class Case:
 
 def skip_if_slow(backend, device, case):
     """Triton's interpreter takes about a second for this much; test_triton_window_attention.py asks it for more."""
-    if tester.interpreted(backend, device) and (case.work > 150 or case.dtype != BF16):
+    if tester.interpreted(backend, device) and (case.work > 80 or case.dtype != BF16):
         pytest.skip("too slow in Triton's interpreter")
 
 
@@ -209,7 +209,7 @@ CASES = [
     Case(rows=0, q_text_length=0, pooled=3),
     # memory
     *(
-        Case(b=2, h=2, height=3, width=4, pooled=2, dtype=dtype, layout=layout)
+        Case(b=2, h=2, height=2, width=3, radius=2, pooled=2, dtype=dtype, layout=layout)
         for layout in ("nbhd", "hnbd", "bnhd+3", "bnhd/2", "bhdn")
         for dtype in (F32, BF16)
     ),
@@ -518,7 +518,7 @@ POOLS = [
 @on_every_backend("pool_tokens")
 @pytest.mark.parametrize("case", POOLS, ids=str)
 def test_pooling_keeps_within_the_rule(case, backend, device):
-    if tester.interpreted(backend, device) and (case.height * case.width > 70 or case.dtype != BF16):
+    if tester.interpreted(backend, device) and (case.height * case.width > 40 or case.dtype != BF16):
         pytest.skip("too slow in Triton's interpreter")
     tensors = case.tensors(device)
     options = case.grid | {"weight": tensors.pop("weight")}
@@ -530,9 +530,9 @@ def test_pooling_keeps_within_the_rule(case, backend, device):
 @pytest.mark.parametrize("case", [case for case in POOLS if case.height * case.width < 200], ids=str)
 def test_the_gradient_of_the_pooling_weight_keeps_within_the_rule(case, backend, device):
     """Of many weights at a time: maxima over the four numbers of a 2 x 2 weight would compare luck with luck."""
-    if tester.interpreted(backend, device) and (case.dtype != BF16 or case.d > 40):
+    if tester.interpreted(backend, device) and (case.dtype != BF16 or case.d != 16 or case.f > 3):
         pytest.skip("too slow in Triton's interpreter")
-    count = 8 if tester.interpreted(backend, device) else 40
+    count = 4 if tester.interpreted(backend, device) else 40
     tensors = case.tensors(device)
     tensors["weight"] = torch.randn(count, case.f, case.f).to(tensors["weight"])
 
@@ -645,10 +645,10 @@ def test_a_fused_projection_is_read_in_place(backend, device):
 
 @on_every_backend()
 def test_broadcast_tensors_count_once_for_every_head(backend, device):
-    case = Case(b=2, h=3, height=3, width=4)
+    case = Case(b=2, h=2, height=3, width=4)
     tensors = case.tensors(device)
-    tensors |= {"k": torch.randn(2, 1, case.keys, 16, device=device).expand(2, 3, case.keys, 16)}
-    tensors |= {"v": torch.randn(1, 1, case.keys, 16, device=device).expand(2, 3, case.keys, 16)}
+    tensors |= {"k": torch.randn(2, 1, case.keys, 16, device=device).expand(2, 2, case.keys, 16)}
+    tensors |= {"v": torch.randn(1, 1, case.keys, 16, device=device).expand(2, 2, case.keys, 16)}
     check(attention, reference.window_attention, plain_attention, tensors, case.options, backend)
 
 
