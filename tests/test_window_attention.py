@@ -1230,6 +1230,15 @@ def test_vmap_of_pooling_takes_weights_as_well(in_dims):
         torch.testing.assert_close(first, second)
 
 
+def test_batched_gradients_of_a_pooling_weight_are_not_summed_over_the_batch():
+    x, weight = torch.rand(2, 2, 6, 8), torch.rand(2, 2, requires_grad=True)
+    out = linattn.pool_tokens(x, weight, 2, 3)
+    upstream = torch.rand(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, weight, upstream, is_grads_batched=True, retain_graph=True)
+    looped = [torch.autograd.grad(out, weight, each, retain_graph=True)[0] for each in upstream]
+    torch.testing.assert_close(batched, torch.stack(looped))
+
+
 def test_gradients_flow_through_vmap():
     case = Case(height=2, width=3, b=1, h=2, d=8)
     leaves = [torch.rand(3, 1, 2, case.keys, 8, requires_grad=True) for _ in range(3)]
