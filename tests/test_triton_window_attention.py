@@ -574,11 +574,14 @@ DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
 def compiled_cases():
     """Kernel, head dim, dtype, architecture, constants other than the usual."""
     if FULL:
+        widths = {"bf16": (8, 40, 64, 80, 128, 160, 256), "fp16": (64, 128), "fp32": (40, 128, 256)}
         for arch in (80, 90, 100):
-            for dtype in DTYPES:
-                for D in (8, 40, 64, 80, 128, 160, 256):
-                    for kernel in ATTENTION + MOVING:
-                        yield kernel, D, dtype, arch, {}
+            for dtype, head_dims in widths.items():
+                for D in head_dims:
+                    for kernel in ATTENTION:
+                        yield kernel, D, dtype, arch, {"HAS_POOLED": True, "HAS_GRAD_LSE": True}
+            for kernel in MOVING:
+                yield kernel, 80, "bf16", arch, {}
         return
     for kernel in ("image_forward", "text_forward", "image_grad_query", "image_grad_key"):
         yield kernel, 128, "bf16", 90, {}
