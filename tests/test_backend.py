@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import linattn
 from linattn import _library
@@ -175,7 +176,8 @@ def test_raw_ops_follow_the_same_choice():
 def test_the_report_has_a_row_for_every_op_device_and_dtype():
     rows = backends.report()
     devices = {"cpu"} | {f"cuda:{i}" for i in range(torch.cuda.device_count())}
-    expected = {(op, device, d) for op in OPS for device in devices for d in ("float32", "float16", "bfloat16")}
+    ops = (*OPS, "window_attention", "pool_tokens")
+    expected = {(op, device, d) for op in ops for device in devices for d in ("float32", "float16", "bfloat16")}
     found = [(row["op"], row["device"], row["dtype"]) for row in rows]
     assert len(found) == len(set(found))
     assert expected <= set(found)
