@@ -114,7 +114,7 @@ def _cuda_cases(level: str) -> list[Case]:
     if level == "full":
         listed += [case(512, 16, 4)]
         listed += [case(128, 8, dtype=dtype) for dtype in ("float16", "float32")]
-        listed += [case(side, radius, mode="forward+backward") for side in (128, 512) for radius in (8, 32)]
+        listed += [case(side, radius, mode="forward+backward") for side, radius in ((512, 8), (128, 32), (512, 32))]
     return listed
 
 
