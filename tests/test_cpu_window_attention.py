@@ -99,12 +99,12 @@ def plain(case, tensors, dtype):
     return results
 
 
-# Tiles are 4 x 8 (radius up to 12) or 8 x 8 tokens, or 32 or 64 text tokens; chunks 64 rows.
+# Tiles are 4 x 8 (radius up to 20) or 8 x 8 tokens, or 32 or 64 text tokens; chunks 64 rows.
 EDGES = [
     Case(8, 16, 4, text=32, dim=64),
     Case(9, 17, 5, text=33, pooled=65, dim=128, heads=1),
     Case(7, 15, 3, text=31, pooled=3, dim=51),
-    Case(21, 13, 13, text=70, pooled=64, strip=(5, 9, 65), text_first=False),
+    Case(21, 13, 21, text=70, pooled=64, strip=(5, 9, 65), text_first=False),
     Case(3, 70, 12, text=5, strip=(1, 2, 0)),
     Case(24, 1, 6, pooled=1),
     Case(16, 24, 40, text=1),

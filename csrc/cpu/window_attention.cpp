@@ -13,10 +13,12 @@
 // layout, and only q and out are transposed, once per tile. A tile's window is visited row by row of the grid: each row
 // gives the run of columns that at least one token of the tile can see (for radius 8 and a tile of 4 x 8, 364 tokens
 // for 193 live ones per query; whole 8 x 8 key tiles would be 560). Tokens that not all lanes see carry, per grid row,
-// half the width of the disk at the height of each lane: live is |x - x'| <= that, three operations per register, no
+// half the width of the disk at the height of each lane: live is |x - x'| <= that, some six operations per register, no
 // division. Text and pooled rows are not masked and serve several tiles per gathered chunk.
 //
-// Bytes: neighbouring tiles share most of their window, which stays in L2; memory sees q, k, v once and out once.
+// Bytes: neighbouring tiles share most of their window, which stays in L2; memory sees q, k, v once and out once. What
+// the next chunk needs is fetched while this one is multiplied. k is not even copied where its layout is that of an
+// operand (float32, and bfloat16 in pairs).
 // Backward recomputes P from lse: one pass for grad_q (3 products), one for grad_k and grad_v (4), no atomics.
 // Long runs (text queries over all keys; text and pooled keys over all queries) are cut into splits by the sizes alone,
 // whose partial results are merged in order: the same bits for any thread count and batch.
@@ -274,8 +276,9 @@ struct Op {
         heads(args.B * args.H),
         radius(lesser(args.radius, greater<int64_t>(1, args.height + args.width))),
         half_size(lesser(radius, args.height)),
-        // Small tiles visit fewer tokens, large ones reread less: 4 x 8 tokens, 8 x 8 for large windows.
-        L(radius <= 12 ? 32 : 64),
+        // Small tiles visit fewer tokens, large ones reread less: 4 x 8 tokens, 8 x 8 for large windows (by
+        // measurement).
+        L(radius <= 20 ? 32 : 64),
         vectors(L / W),
         image(args.height * args.width),
         q_image(args.q_rows * args.width),
@@ -429,10 +432,12 @@ struct Op {
 
   // Takes the rows that are not finite out of a tall operand of c.n rows, and lists them.
   int take_out(const Chunk& c, uint32_t* A, int* taken) const {
-    V bad = zero();
-    for (int i = 0; i < divide_up(c.n, U); ++i)
-      for (int j = 0; j < Du * U; j += W) bad = M::mac(bad, load(A + i * Dp + j), zero());
-    if (hsum(bad) == 0.0f) return 0;
+    const int rows = divide_up(c.n, U);
+    V bad[4] = {zero(), zero(), zero(), zero()};
+    for (int i = 0; i < rows; i += 4)
+      for (int j = 0; j < D; j += W)
+        LINATTN_EACH(r, 4) bad[r] = M::mac(bad[r], load(A + lesser(i + r, rows - 1) * Dp + j), zero());
+    if (hsum((bad[0] + bad[1]) + (bad[2] + bad[3])) == 0.0f) return 0;
     int count = 0;
     for (int i = 0; i < c.n; ++i) {
       bool finite = true;
@@ -587,7 +592,8 @@ struct Op {
 
   void pack_lanes(const View& x, int64_t b, int64_t h, const Patch& p, uint32_t* dst, const Work& w) const {
     auto* rows = reinterpret_cast<uint32_t*>(w.turn);
-    memset(rows, 0, sizeof(uint32_t) * static_cast<size_t>(L) * static_cast<size_t>(Dpu));
+    if (p.count < L || p.columns < kTileColumns)
+      memset(rows, 0, sizeof(uint32_t) * static_cast<size_t>(L) * static_cast<size_t>(Dpu));
     for_each_lane(p, [&](int lane, int64_t token) { pack_row(at<T>(x, b, h, token), D, rows + lane * Dpu); });
     transpose_units(rows, Dpu, L, Du, dst, L);
   }
