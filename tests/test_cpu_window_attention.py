@@ -108,6 +108,7 @@ EDGES = [
     Case(3, 70, 12, text=5, strip=(1, 2, 0)),
     Case(24, 1, 6, pooled=1),
     Case(16, 24, 40, text=1),
+    Case(96, 90, 2, text=3, strip=(40, 1, 3), dim=8, heads=1),  # text queries over more than 8192 keys: several splits
 ]
 
 
