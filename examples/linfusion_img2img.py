@@ -24,17 +24,17 @@ def parse(argv=None):
     parser.add_argument(
         "--weights",
         help="hub name or folder of LinFusion weights; 'published' to look them up for the model; 'base' to take the "
-        "model's own projections, undistilled [base for the bundled model, else published]",
+        "model's own projections, undistilled [the bundled ones for the bundled model, else published]",
     )
     parser.add_argument("--image", help="the picture to start from [one drawn for --first-prompt]")
-    parser.add_argument("--first-prompt", default="a handwritten one")
-    parser.add_argument("--prompt", default="a handwritten seven")
+    parser.add_argument("--first-prompt", default="a one and a seven")
+    parser.add_argument("--prompt", default="a two and a three")
     parser.add_argument("--strength", type=float, default=0.7, help="share of the steps that are redone [%(default)s]")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="enlarge the picture before redrawing it [%(default)s]"
     )
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="linfusion_img2img.png")
     return parser.parse_args(argv)
@@ -46,7 +46,7 @@ def main(argv=None):
     model = args.model or bundled.path("tiny_sd")
     pipe = AutoPipelineForImage2Image.from_pretrained(model, dtype=dtype).to(device)
 
-    weights = args.weights or ("published" if args.model else "base")
+    weights = args.weights or ("published" if args.model else str(bundled.path("tiny_sd_linfusion")))
     path = None if weights in ("published", "base") else weights
     LinFusion.construct_for(pipe, pretrained_model_name_or_path=path, load_pretrained=weights != "base")  # (2)
 

@@ -25,11 +25,11 @@ def parse(argv=None):
     parser.add_argument(
         "--weights",
         help="hub name or folder of LinFusion weights; 'published' to look them up for the model; 'base' to take the "
-        "model's own projections, undistilled [base for the bundled model, else published]",
+        "model's own projections, undistilled [the bundled ones for the bundled model, else published]",
     )
-    parser.add_argument("--prompt", default="a handwritten three")
+    parser.add_argument("--prompt", default="a seven, a two and a four")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="linfusion_lora.png")
     args = parser.parse_args(argv)
@@ -48,7 +48,7 @@ def main(argv=None):
     pipe.load_lora_weights(args.lora, adapter_name="lora")
     pipe.set_adapters("lora", args.lora_scale)
 
-    weights = args.weights or ("published" if args.model else "base")
+    weights = args.weights or ("published" if args.model else str(bundled.path("tiny_sd_linfusion")))
     path = None if weights in ("published", "base") else weights
     LinFusion.construct_for(pipe, pretrained_model_name_or_path=path, load_pretrained=weights != "base")  # (2)
 

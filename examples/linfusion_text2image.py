@@ -22,13 +22,13 @@ def parse(argv=None):
     parser.add_argument(
         "--weights",
         help="hub name or folder of LinFusion weights; 'published' to look them up for the model; 'base' to take the "
-        "model's own projections, undistilled [base for the bundled model, else published]",
+        "model's own projections, undistilled [the bundled ones for the bundled model, else published]",
     )
-    parser.add_argument("--prompt", default="a handwritten three")
+    parser.add_argument("--prompt", default="a seven, a two and a four")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="linfusion.png")
     return parser.parse_args(argv)
@@ -39,7 +39,7 @@ def main(argv=None):
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     pipe = DiffusionPipeline.from_pretrained(args.model or bundled.path("tiny_sd"), dtype=dtype).to(device)
 
-    weights = args.weights or ("published" if args.model else "base")
+    weights = args.weights or ("published" if args.model else str(bundled.path("tiny_sd_linfusion")))
     path = None if weights in ("published", "base") else weights
     LinFusion.construct_for(pipe, pretrained_model_name_or_path=path, load_pretrained=weights != "base")  # (2)
 

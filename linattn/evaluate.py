@@ -103,56 +103,6 @@ def zeroed_attention(pipe) -> Iterator[None]:
             hook.remove()
 
 
-# ---------------------------------------------------------------------------------------------------- single digits
-
-
-def pixel_features(pictures: torch.Tensor) -> np.ndarray:
-    """The features that the scores look at: mean ink of each of the 8 x 8 blocks, (n, 64)."""
-    return digits.to_grid(pictures).reshape(len(pictures), -1)
-
-
-class DigitClassifier(NamedTuple):
-    """A support vector machine on :func:`pixel_features` of real digits, and its accuracy on held-out real digits."""
-
-    svc: object
-    held_out_accuracy: float
-
-    def predict(self, pictures: torch.Tensor) -> np.ndarray:
-        """The digit seen in each picture, (n,) integers."""
-        return self.svc.predict(pixel_features(pictures))
-
-
-@functools.cache
-def digit_classifier() -> DigitClassifier:
-    """Train the judge (a fraction of a second, always the same).
-
-    It learns from scans that went through the same drawing and shrinking as generated pictures do, so that the way a
-    picture is made is not what it judges.
-    """
-    split = digits.load()  # first: it says what to install where scikit-learn is missing
-    from sklearn.svm import SVC
-
-    svc = SVC(C=10, gamma="scale").fit(pixel_features(digits.render(split.train)), split.train_labels)
-    score = svc.score(pixel_features(digits.render(split.test)), split.test_labels)
-    return DigitClassifier(svc, float(score))
-
-
-def accuracy(pictures: torch.Tensor, labels) -> float:
-    """The share of pictures that a classifier trained on real digits reads as the digit that was asked for.
-
-    Args:
-        pictures: (n, 3, height, width) in 0..1.
-        labels: (n,) digits 0..9.
-
-    Raises:
-        ValueError: another number of labels than pictures, or none.
-    """
-    labels = np.asarray(labels)
-    if len(labels) != len(pictures) or len(labels) == 0:
-        raise ValueError(f"accuracy needs one label per picture, at least one; got {len(labels)=}, {len(pictures)=}")
-    return float((digit_classifier().predict(pictures) == labels).mean())
-
-
 # ------------------------------------------------------------------------------------------------ reading canvases
 
 
@@ -308,7 +258,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     The estimate falls with the number of samples; compare only figures of equal sample numbers.
 
     Args:
-        a, b: features (n, d) and (m, d), for example of :func:`pixel_features`; n, m >= 2.
+        a, b: features (n, d) and (m, d), for example of :func:`canvas_features`; n, m >= 2.
 
     Raises:
         ValueError: other shapes.

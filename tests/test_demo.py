@@ -1,5 +1,6 @@
 """`linattn demo`: the registry of parts, the command, and the quick form of every part for real."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from linattn import demos
+from linattn import bundled, demos
 from linattn.cli import demo
 from linattn.demos import _layout
 
@@ -103,20 +104,35 @@ class TestLayout:
         assert [found[colour] for cell in colours for colour in cell] == [32 * 32] * 4
 
 
-def test_quick_demo_draws_and_measures_both_sides(tmp_path):
+def test_prompts_that_are_said_to_be_unseen_are_held_out():
+    from linattn.bundled import canvases
+    from linattn.demos import stable_diffusion
+
+    unseen = {
+        canvases.caption(order)
+        for n in (2, 3, 4)
+        for order in itertools.product(range(10), repeat=n)
+        if canvases.held_out(order)
+    }
+    assert set(stable_diffusion.PROMPTS[:3]) <= unseen
+    assert not set(stable_diffusion.PROMPTS[3:]) & unseen
+
+
+def test_quick_demo_draws_scores_and_measures_all_sides(tmp_path):
     command = [sys.executable, "-m", "linattn", "demo", "--quick", "--part", "stable_diffusion", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "stable_diffusion.json").read_text())
     assert figures["backend"] in ("cpu", "reference") and f"backend {figures['backend']!r}" in done.stdout
-    assert figures["scored"] == 10
-    assert figures["stock"]["accuracy"] >= 0.8
-    assert figures["linattn"]["accuracy"] >= 0.6  # linear attention on weights that were trained for another
-    assert 0 < figures["same_seed_mse"] < 0.05  # another attention, yet clearly the same pictures
+    variants = figures["scores"]["variants"]
+    assert list(variants) == ["teacher", "zeroed", "before", "after"]
+    errors = {name: variants[name]["summary"]["error"][0] for name in variants}
+    assert errors["teacher"] == 0 and 0 < errors["after"] < errors["before"]
     assert figures["unmounting_restores_the_pictures"] is True
-    assert [row["tokens"] for row in figures["layers"]] == [64, 16]
-    assert all(row["stock_seconds"] > 0 and row["linattn_seconds"] > 0 for row in figures["layers"])
-    assert "LinFusion.construct_for(pipe)" in done.stdout
+    unet = json.loads((bundled.path() / "unet" / "config.json").read_text())
+    assert max(row["tokens"] for row in figures["layers"]) == unet["sample_size"] ** 2
+    assert all(row["teacher_seconds"] > 0 and row["after_seconds"] > 0 for row in figures["layers"])
+    assert "LinFusion.construct_for(pipe)" in done.stdout and "linattn eval" in done.stdout
 
     picture = Image.open(tmp_path / "stable_diffusion.png").convert("RGB")
     assert picture.width > 600 and picture.height > 300

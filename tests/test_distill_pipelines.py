@@ -14,7 +14,7 @@ from helpers.tiny_pipelines import FAMILIES, tiny_pipeline
 from linattn.adapters import LinFusion
 from linattn.distill import pipelines
 
-CAPTIONS = ["a handwritten three", "", "two words"]
+CAPTIONS = ["a seven, a two and a four", "", "two words"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread_in_module")

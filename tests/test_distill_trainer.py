@@ -6,6 +6,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -29,14 +30,18 @@ from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from linattn import bundled
 from linattn.adapters import LinFusion
 from linattn.cli import main
 from linattn.distill import checkpoint, recipe
 from linattn.distill.student import merged_state_dict
 from linattn.distill.trainer import Interrupted, Trainer
 
-FAMILIES = {"linfusion_sd15": "sd15", "linfusion_sd21": "sd21", "linfusion_sdxl": "sdxl"}
+FAMILIES = {
+    "linfusion_sd15": "sd15",
+    "linfusion_sd21": "sd21",
+    "linfusion_sdxl": "sdxl",
+    "linfusion_tiny_sd": "sd15",
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -80,6 +85,7 @@ SMALL = (
     "training.batch_size=2",
     "training.gradient_accumulation=1",
     "training.steps=3",
+    "training.warmup_steps=0",
     "training.learning_rate=1e-3",
     "data.resolution=32",
     "data.workers=0",
@@ -674,20 +680,20 @@ def test_mistakes_are_one_clear_line_and_exit_status_one(folders, tmp_path, caps
     assert message in err and "Traceback" not in err
 
 
-def test_digits_written_by_the_example_train_the_bundled_model(tmp_path, capsys):
-    """The command of docs/distillation.md, with three steps."""
+def test_canvases_written_by_the_example_train_the_bundled_model(tmp_path, capsys, monkeypatch):
+    """The commands of docs/distillation.md, with three steps."""
     pytest.importorskip("sklearn", reason='the digits need the extra: pip install "linattn[train]"')
     root = Path(__file__).resolve().parents[1]
-    write_digits = runpy.run_path(str(root / "examples" / "write_digits.py"))
-    write_digits["main"](["--out", str(tmp_path / "digits"), "--count", "20"])
-    text = (root / "docs" / "distillation.md").read_text()
-    text = text.partition("linattn distill linfusion_sd15 --set data.path=digits")[2].partition("\n\n")[0]
-    settings = re.findall(r'--set (?:"([^"]+)"|(\S+))', text.replace("\\\n", " "))
-    settings = [quoted or plain for quoted, plain in settings if "pretrained" not in plain]
-    assert "training.steps=300" in settings and len(settings) == 11
-    settings += [f"model.pretrained={bundled.path()}", f"data.path={tmp_path / 'digits'}", "training.steps=3"]
-    settings += [f"output.folder={tmp_path / 'run'}", "training.batch_size=4"]
-    assert main(["distill", "linfusion_sd15", *(part for s in settings for part in ("--set", s))]) == 0
+    commands = re.findall(
+        r"^    (python examples/write_canvases.py .*|linattn distill linfusion_tiny_sd .*)$",
+        (root / "docs" / "distillation.md").read_text(),
+        re.MULTILINE,
+    )
+    write, distill = (shlex.split(command) for command in commands)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(root / write[1]))["main"]([*write[2:], "--count", "20"])
+    settings = ["training.steps=3", "training.warmup_steps=1", "training.batch_size=4"]
+    assert main([*distill[1:], *(part for s in settings for part in ("--set", s))]) == 0
     assert (tmp_path / "run" / "final" / WEIGHTS).is_file()
     assert (tmp_path / "run" / "validation" / "step-00000003.png").is_file()
 

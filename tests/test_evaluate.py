@@ -62,30 +62,6 @@ class TestImageMse:
             evaluate.image_mse(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))
 
 
-class TestAccuracy:
-    def test_real_digits_are_read_right_and_wrong_labels_are_wrong(self):
-        split = digits.load()
-        pictures = digits.render(split.test[:200])
-        assert evaluate.accuracy(pictures, split.test_labels[:200]) >= 0.97
-        assert evaluate.accuracy(pictures, (split.test_labels[:200] + 1) % 10) <= 0.03
-
-    def test_counts_the_share(self):
-        split = digits.load()
-        read = evaluate.digit_classifier().predict(digits.render(split.test[:4]))
-        labels = read.copy()
-        labels[0] = (labels[0] + 1) % 10
-        assert evaluate.accuracy(digits.render(split.test[:4]), labels) == 0.75
-
-    def test_reads_larger_pictures_too(self):
-        split = digits.load()
-        assert evaluate.accuracy(digits.render(split.test[:100], resolution=128), split.test_labels[:100]) >= 0.97
-
-    @pytest.mark.parametrize("pictures, labels", [(2, 3), (0, 0)])
-    def test_refuses_unequal_numbers_and_none(self, pictures, labels):
-        with pytest.raises(ValueError, match="one label per picture"):
-            evaluate.accuracy(torch.zeros(pictures, 3, 64, 64), [0] * labels)
-
-
 class Painter:
     """Stands for a pipeline: noise by the given generators, one picture per prompt, and a note of every call."""
 
@@ -132,30 +108,6 @@ class TestDigits:
         assert not any(grid.tobytes() in seen for grid in split.test)
         again = digits.load.__wrapped__()
         assert np.array_equal(split.test, again.test)
-
-    def test_rendering_is_dark_ink_on_white_paper(self):
-        grids = np.zeros((2, 8, 8), dtype=np.float32)
-        grids[1] = 1
-        pictures = digits.render(grids)
-        assert pictures.shape == (2, 3, 64, 64)
-        assert pictures[0].min() == 1 and pictures[1].max() == 0
-
-    def test_shrinking_undoes_rendering_as_far_as_contrast_allows(self):
-        grids = digits.load().test[:100]
-        back = digits.to_grid(digits.render(grids))
-        assert back.shape == grids.shape and back.min() >= 0 and back.max() <= 1
-        assert np.corrcoef(back.ravel(), grids.ravel())[0, 1] > 0.98
-
-    def test_free_captions_always_name_the_digit_and_nothing_that_contradicts(self):
-        rng, names = random.Random(0), set()
-        for _ in range(500):
-            digit = rng.randrange(10)
-            words = digits.free_caption(digit, rng).rstrip(".!").split()
-            said = [word for word in words if word in digits.WORDS or word.isdigit()]
-            assert said in ([digits.WORDS[digit]], [str(digit)])
-            assert len(words) <= 9
-            names.add(said[0])
-        assert len(names) == 20  # both ways of saying all ten
 
     def test_names_the_extra_where_scikit_learn_is_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)

@@ -38,7 +38,7 @@ from linattn.cli import generate as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROMPT = "a handwritten three"
+PROMPT = "a seven, a two and a four"
 STEPS, GUIDANCE = 2, 3.0
 FAST = ("--steps", str(STEPS), "--guidance", str(GUIDANCE), "--device", "cpu")
 IMG2IMG = {

@@ -1108,7 +1108,7 @@ def pipeline():
 
 def draw(pipe, steps=2, **kwargs):
     generator = torch.Generator().manual_seed(0)
-    kwargs = {"prompt": "a handwritten three", "guidance_scale": 3.0, "output_type": "np", **kwargs}
+    kwargs = {"prompt": "a seven, a two and a four", "guidance_scale": 2.5, "output_type": "np", **kwargs}
     return pipe(num_inference_steps=steps, generator=generator, **kwargs).images
 
 
@@ -1128,7 +1128,7 @@ def test_image_to_image_pipeline_shares_the_mounted_unet(pipeline):
 
     second = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     second.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    image = torch.rand(1, 3, 144, 144, generator=torch.Generator().manual_seed(5))
     stock = draw(second, steps=4, image=image, strength=0.5)
     linfusion = LinFusion.construct_for(second, load_pretrained=False)
     mounted = draw(second, steps=4, image=image, strength=0.5)
@@ -1139,7 +1139,9 @@ def test_image_to_image_pipeline_shares_the_mounted_unet(pipeline):
 def test_example_draws_what_the_mounted_pipeline_draws(pipeline, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     script = Path(__file__).resolve().parents[1] / "examples" / "linfusion_text2image.py"
-    linfusion = LinFusion.construct_for(pipeline, load_pretrained=False)
+    linfusion = LinFusion.construct_for(
+        pipeline, pretrained_model_name_or_path=linattn.bundled.path("tiny_sd_linfusion")
+    )
     expected = (draw(pipeline, steps=3) * 255).round()
     linfusion.unmount()
     linfusion.save_pretrained(tmp_path / "weights")

@@ -31,3 +31,8 @@ def path(name: str = "tiny_sd") -> pathlib.Path:
     if name not in names():
         raise ValueError(f"no bundled model is called {name!r}; available: {', '.join(names()) or 'none'}")
     return _root() / name
+
+
+def resolve(name_or_path: str) -> str:
+    """The folder of a bundled model if this is the name of one, else what came: ./NAME is a folder of that name."""
+    return str(path(name_or_path)) if name_or_path in names() else name_or_path

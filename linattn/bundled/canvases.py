@@ -15,7 +15,9 @@ An order is a tuple of digits.
 
 import hashlib
 import itertools
+import json
 import math
+import pathlib
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,12 +36,11 @@ CELL = 48  # pixels along one side of a cell
 RESOLUTION = SIDE * CELL
 LONGEST = 4  # digits on one canvas
 HELD_OUT_SHARE = 0.2
+CONTRAST = 7.0  # slope of the sigmoid that turns block averages into pen strokes
 PALEST = 0.45  # strength of the palest ink; the darkest has 1
 
 # Which cells n digits can stand in, in reading order.
 LAYOUTS = {n: tuple(itertools.combinations(range(CELLS), n)) for n in range(1, LONGEST + 1)}
-
-WORDINGS = ("{named}", "{words}", "{commas}", "{numerals}", "{named} on white paper", "handwritten digits: {named}")
 
 
 def held_out(order: Order) -> bool:
@@ -67,17 +68,9 @@ def draw_order(rng: random.Random, length: int, *, unseen: bool = False) -> Orde
 
 
 def caption(order: Order) -> str:
-    """The plain caption, for example "a seven, a two and an eight"."""
+    """What a prompt says, for example "a seven, a two and an eight"."""
     named = [("an " if digit == 8 else "a ") + digits.WORDS[digit] for digit in order]
     return named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
-
-
-def free_caption(order: Order, rng: random.Random) -> str:
-    """The same request in one of the ways someone might type it, the plain one among them."""
-    words = [digits.WORDS[digit] for digit in order]
-    return rng.choice(WORDINGS).format(
-        named=caption(order), words=" ".join(words), commas=", ".join(words), numerals=" ".join(map(str, order))
-    )
 
 
 class Pens(NamedTuple):
@@ -129,8 +122,8 @@ def draw_cells(scans: np.ndarray, pens: Pens, which: torch.Tensor, rng: torch.Ge
     ink = F.grid_sample(ink, where, mode="bilinear", padding_mode="zeros", align_corners=False)
     # A sigmoid in the place of the blur that enlarging leaves, scaled so that no ink stays exactly white.
     weight = pens.weight[which].view(-1, 1, 1, 1)
-    low, high = torch.sigmoid(-digits.CONTRAST * weight), torch.sigmoid(digits.CONTRAST * (1 - weight))
-    ink = ((torch.sigmoid(digits.CONTRAST * (ink - weight)) - low) / (high - low)).clamp(0, 1)
+    low, high = torch.sigmoid(-CONTRAST * weight), torch.sigmoid(CONTRAST * (1 - weight))
+    ink = ((torch.sigmoid(CONTRAST * (ink - weight)) - low) / (high - low)).clamp(0, 1)
     return 1 - (ink * pens.strength[which].view(-1, 1, 1, 1)).repeat(1, 3, 1, 1)
 
 
@@ -167,8 +160,13 @@ def draw(
 
     Returns:
         (len(orders), 3, RESOLUTION, RESOLUTION) in 0..1.
+
+    Raises:
+        ValueError: no scan shows a digit of the orders.
     """
     by_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
+    if absent := {digit for order in orders for digit in order if not len(by_digit[digit])}:
+        raise ValueError(f"scans: expected every digit of the orders among them, got none of {sorted(absent)}")
     cells = torch.ones(len(orders), CELLS, 3, CELL, CELL)
     canvas, cell, scan = [], [], []
     for i, order in enumerate(orders):
@@ -180,3 +178,29 @@ def draw(
     if canvas:
         cells[canvas, cell] = draw_cells(scans[scan], pens, pen[canvas], rng)
     return join(cells)
+
+
+def write_folder(folder: pathlib.Path, count: int, *, seed: int = 0, train_scans: int | None = None) -> None:
+    """Write ``count`` canvases of training scans and orders as a folder of captioned pictures.
+
+    That is what `linattn distill` reads: 0000.png, 0001.png, ... and metadata.jsonl.
+
+    Args:
+        folder: made if it does not exist.
+        count: how many.
+        seed: the same seed writes the same pictures.
+        train_scans: take only so many scans [all].
+    """
+    from PIL import Image
+
+    rng, words = torch.Generator().manual_seed(seed), random.Random(seed)
+    split, pens = digits.load(), make_pens(64, rng)
+    scans, labels = split.train[:train_scans], split.train_labels[:train_scans]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as captions:
+        for number in range(count):
+            order = draw_order(words, words.randint(1, LONGEST))
+            canvas = draw([order], scans, labels, pens, rng=rng, words=words)[0]
+            name = f"{number:04}.png"
+            Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / name)
+            captions.write(json.dumps({"file_name": name, "text": caption(order)}) + "\n")

@@ -49,15 +49,15 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
 }
-BUNDLED_GUIDANCE = 3.0  # what the bundled models were scored with
+BUNDLED_GUIDANCE = 2.5  # what the bundled models were scored with
 # What may be given with --from. Files may have moved, and the digests say whether they are the same. Another device or
 # dtype gives nearly the same picture; without them, one that was drawn on a GPU could be drawn nowhere else.
 MAY_CHANGE = ("model", "weights", "lora", "image", "device", "dtype")
 
 EXAMPLES = """\
 examples:
-  linattn generate "a handwritten three"
-  linattn generate "a handwritten three" --attention stock --seed 7 --count 4 --out threes.png
+  linattn generate "a seven, a two and a four"
+  linattn generate "a three and a nine" --attention stock --seed 7 --count 4 --out digits.png
   linattn generate --from threes.json --out again.png
   linattn generate "an astronaut riding a horse on Mars" --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
       --size 1024 --steps 30 --guidance 7.5
@@ -271,7 +271,7 @@ def _request_from(args: argparse.Namespace) -> Request:
     from linattn import bundled
 
     if args.prompt is None:
-        raise Problem('which prompt? For example: linattn generate "a handwritten three"')
+        raise Problem('which prompt? For example: linattn generate "a seven, a two and a four"')
     for option, needs in (("strength", "image"), ("lora_scale", "lora")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             raise Problem(f"--{option.replace('_', '-')} goes with --{needs}, which is not given")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import bundled
 from .._quiet import quiet_diffusers
 from .denoiser import Denoiser, UNetDenoiser
 from .noise import DiscreteSchedule, NoiseSchedule
@@ -156,6 +157,7 @@ def load(name_or_path: str, *, revision: str | None = None, variant: str | None 
     """
     from diffusers import DiffusionPipeline
 
+    name_or_path = bundled.resolve(name_or_path)
     options = {key: value for key, value in {"revision": revision, "variant": variant}.items() if value is not None}
     config = DiffusionPipeline.load_config(name_or_path, **{k: v for k, v in options.items() if k == "revision"})
     kind = KINDS.get(config.get("_class_name"))
