@@ -474,8 +474,12 @@ def write_half(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
     tensors = safetensors.torch.load_file(weights)
     tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-    # How and from where this process had loaded the parts says nothing to a user.
-    for config in [out / "model_index.json", *out.rglob("*config.json")]:
+    clean_configs(out)
+
+
+def clean_configs(folder: pathlib.Path) -> None:
+    """How and from where this process had loaded the parts says nothing to a user."""
+    for config in [*folder.glob("model_index.json"), *folder.rglob("*config.json")]:
         settings = json.loads(config.read_text())
         kept = {k: v for k, v in settings.items() if k not in ("_name_or_path", "is_local", "local_files_only")}
         if kept != settings:
@@ -503,6 +507,7 @@ def train_student(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Pa
     final = trainer.run()
     student = LinFusion.from_pretrained(final, torch_dtype=torch.float16)
     student.save_pretrained(out)
+    clean_configs(out)
     return {"parameters": sum(p.numel() for p in student.parameters())}
 
 

@@ -55,6 +55,10 @@ class TestFolder:
         assert {pathlib.Path(file).suffix for file in files(bundled.path(name))} <= {".safetensors", ".json", ".txt"}
 
     @pytest.mark.parametrize("name", bundled.names())
+    def test_does_not_say_where_it_was_made(self, name):
+        assert not [f for f in bundled.path(name).rglob("*.json") if "_name_or_path" in f.read_text()]
+
+    @pytest.mark.parametrize("name", bundled.names())
     def test_is_small(self, name):
         folder = bundled.path(name)
         assert sum((folder / file).stat().st_size for file in files(folder)) <= LIMITS[name]
