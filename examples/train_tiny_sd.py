@@ -50,7 +50,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from linattn import evaluate
 from linattn.adapters import LinFusion
 from linattn.bundled import canvases, digits
-from linattn.cli.eval import tables, variants
+from linattn.cli.eval import load_pipeline, tables, variants
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MODEL, STUDENT = "tiny_sd", "tiny_sd_linfusion"
@@ -448,12 +448,6 @@ def load_checkpoint(path: pathlib.Path, recipe: Recipe, kept: dict, rng: torch.G
 def save_pipeline(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
     pipe.save_pretrained(out)
     save_tokenizer(pipe.tokenizer, out / "tokenizer")
-
-
-def load_pipeline(folder: pathlib.Path) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 # --- 4. results -------------------------------------------------------------------------------------------------------
