@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -297,6 +298,29 @@ def test_checkpoint_is_absent_until_it_is_whole(tmp_path):
     (tmp_path / "recipe.yaml.partial").write_text("half")
     checkpoint.remove_partial(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [target.name]
+
+
+def test_no_process_walks_through_a_checkpoint_while_another_still_writes(tmp_path, monkeypatch):
+    """Writers of tensors rename their files: a walk beside them finds names that are gone a moment later."""
+    barrier, walking, flush = threading.Barrier(2, timeout=60), threading.Event(), checkpoint._flush
+
+    def seen(folder):
+        walking.set()
+        flush(folder)
+
+    def idle_process():
+        with checkpoint.whole(tmp_path / "c", is_main=False, barrier=barrier.wait):
+            pass
+
+    monkeypatch.setattr(checkpoint, "_flush", seen)
+    other = threading.Thread(target=idle_process)
+    other.start()
+    with checkpoint.whole(tmp_path / "c", barrier=barrier.wait) as folder:
+        too_early = walking.wait(0.3)
+        (folder / "weights").write_text("x")
+    other.join(timeout=60)
+    assert not too_early and walking.is_set()
+    assert (tmp_path / "c" / "weights").read_text() == "x"
 
 
 def test_only_the_newest_checkpoints_are_kept(folders, tmp_path):

@@ -68,6 +68,7 @@ def whole(target: Path, *, is_main: bool = True, barrier=lambda: None) -> Iterat
         partial.mkdir(parents=True)
     barrier()
     yield partial
+    barrier()  # nobody walks through the folder while another still writes and renames in it
     _flush(partial)
     barrier()
     if is_main:
