@@ -26,7 +26,10 @@ DEVICES = {
     "cuda": "NVIDIA GPUs",
 }
 #: Op family -> its ops; the family's name is that of its kernel files.
-FAMILIES = {"linear_attention": "linear_attention, linear_attention_state, linear_attention_apply"}
+FAMILIES = {
+    "linear_attention": "linear_attention, linear_attention_state, linear_attention_apply",
+    "window_attention": "window_attention, pool_tokens",
+}
 
 
 def exists(backend: str, family: str) -> bool:
