@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import itertools
 import random
 import time
@@ -76,13 +77,37 @@ def draw(
             prompts[part],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             output_type="pt",
+            **call_arguments(pipe, len(prompts[part]), guidance_scale),
         )
         made.append(result.images.float().cpu())
         if progress is not None:
             progress(len(made[-1]))
     return torch.cat(made)
+
+
+def call_arguments(pipe, count: int, guidance_scale: float) -> dict:
+    """What a text-to-image pipeline must be told so that it guides by ``guidance_scale`` and reads its prompts whole.
+
+    Most pipelines guide by ``guidance_scale``: two evaluations per step, with the prompt and with an empty one. Those
+    of FLUX take it for a number that the model was trained to read; a FLUX that reads none (schnell) is guided by
+    ``true_cfg_scale`` beside an empty negative prompt. Where prompts are padded to ``max_sequence_length`` tokens, it
+    is the length that the model's own tokenizer names, if that is less than the pipeline's.
+
+    Args:
+        count: number of prompts of the call.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    reads_guidance = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "guidance_embeds", True)
+    if "true_cfg_scale" in parameters and not reads_guidance:
+        arguments = {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * count}
+    else:
+        arguments = {"guidance_scale": guidance_scale}
+    if "max_sequence_length" in parameters:
+        tokenizer = getattr(pipe, "tokenizer_3", None) or getattr(pipe, "tokenizer_2", None)
+        longest = parameters["max_sequence_length"].default
+        arguments["max_sequence_length"] = min(longest, getattr(tokenizer, "model_max_length", longest))
+    return arguments
 
 
 @contextlib.contextmanager

@@ -98,6 +98,36 @@ class TestDraw:
             evaluate.draw(Painter(), ["a", "b"], seeds=[1])
 
 
+class TestCallArguments:
+    @pytest.mark.parametrize(
+        ("family", "expected"),
+        [
+            ("sd15", {"guidance_scale": 2.5}),
+            ("flux", {"guidance_scale": 2.5, "max_sequence_length": 24}),
+            ("flux-schnell", {"true_cfg_scale": 2.5, "negative_prompt": ["", ""], "max_sequence_length": 24}),
+            ("sd3", {"guidance_scale": 2.5, "max_sequence_length": 24}),
+        ],
+    )
+    def test_every_kind_of_pipeline_is_guided_and_reads_as_many_tokens_as_its_tokenizer_says(self, family, expected):
+        pytest.importorskip("diffusers")
+        from helpers.tiny_pipelines import tiny_pipeline
+
+        pipe = tiny_pipeline(family)
+        for name in ("tokenizer_2", "tokenizer_3"):
+            if getattr(pipe, name, None) is not None:
+                getattr(pipe, name).model_max_length = 24
+        assert evaluate.call_arguments(pipe, 2, 2.5) == expected
+
+    def test_a_flux_that_reads_no_guidance_is_guided_all_the_same(self):
+        pytest.importorskip("diffusers")
+        from helpers.tiny_pipelines import tiny_pipeline
+
+        pipe = tiny_pipeline("flux-schnell")
+        pipe.set_progress_bar_config(disable=True)
+        pictures = [evaluate.draw(pipe, ["a cat"], seeds=[0], steps=1, guidance_scale=g) for g in (1.0, 3.0)]
+        assert torch.isfinite(pictures[0]).all() and not torch.equal(*pictures)
+
+
 class TestDigits:
     def test_the_split_is_disjoint_stratified_and_always_the_same(self):
         split = digits.load()
