@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-HELP = "train a student with linear attention from a recipe (YAML)"
+HELP = "train a student with cheaper attention from a recipe (YAML)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="the shipped recipes")
     parser.add_argument("--show", action="store_true", help="print the whole recipe with its defaults and stop")
+    parser.add_argument(
+        "--prepare", action="store_true", help="encode captions and pictures into the cache (data.cache), and stop"
+    )
     parser.add_argument("--dry-run", action="store_true", help="load everything, say what would be done, and stop")
 
 
@@ -53,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(recipe, adapter_class, say=lambda text: print(text, flush=True))
         trainer.say(trainer.plan())
         if args.dry_run:
+            return 0
+        if args.prepare:
+            trainer.say(f"prepared: {trainer.prepare()}")
             return 0
         try:
             final = trainer.run()

@@ -28,12 +28,24 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from linattn._quiet import quiet_diffusers
-from linattn.cli import generate
-from linattn.cli.generate import Problem
+from linattn.cli._attention import bundled_student
+from linattn.cli._models import (
+    BUNDLED_GUIDANCE,
+    Problem,
+    Source,
+    check_safetensors,
+    digests,
+    fetch,
+    fetch_pipeline,
+    line,
+    locate,
+    raise_if_memory,
+    read_config,
+    read_layout,
+)
 
 if TYPE_CHECKING:
     from linattn.evaluate import Evaluation, Variant
@@ -88,9 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        default=generate.BUNDLED_GUIDANCE,
+        default=BUNDLED_GUIDANCE,
         metavar="SCALE",
-        help=f"how strongly to follow the prompt [{generate.BUNDLED_GUIDANCE:g}]",
+        help=f"how strongly to follow the prompt [{BUNDLED_GUIDANCE:g}]",
     )
     parser.add_argument("--out", type=Path, default=Path("eval.json"), metavar="FILE", help="the JSON [eval.json]")
     parser.add_argument(
@@ -111,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"linattn eval: {generate._line(error)}", file=sys.stderr)
+        print(f"linattn eval: {line(error)}", file=sys.stderr)
         return 1
 
 
@@ -132,17 +144,17 @@ def _run(args: argparse.Namespace) -> int:
 
     from linattn import bundled
 
-    model = generate._locate("--model", args.model or bundled.path().name)
+    model = locate("--model", args.model or bundled.path().name)
     if model.path is None:
-        model.path = generate._fetch(model, None, ["*.json"])
-    layout = generate._layout(model)
+        model.path = fetch(model, None, ["*.json"])
+    layout = read_layout(model)
     if args.steps > layout.train_steps:
         raise Problem(f"--steps: expected at most the {layout.train_steps} of this model, got {args.steps}")
     student, chosen = _student(args, model, layout)
     if model.kind == "hub":
-        generate._fetch_pipeline(model)
-    generate._check_safetensors(model, layout)
-    sources = generate._sources(SimpleNamespace(model=None, lora=None, image=None), model, layout, student)
+        fetch_pipeline(model)
+    check_safetensors(model, layout)
+    sources = digests(model, layout, student)
 
     with _threads(args.threads):
         pipe = load_pipeline(model.path)
@@ -193,7 +205,7 @@ def load_pipeline(path):
             )
             pipe.to("cpu", torch.float32)  # dtype again: older diffusers do not know the argument above
     except Exception as error:  # what is wrong with the files of a folder comes out as any type
-        raise Problem(f"--model: cannot load {path}: {type(error).__name__}: {generate._line(error)}") from error
+        raise Problem(f"--model: cannot load {path}: {type(error).__name__}: {line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -357,7 +369,7 @@ def _check_installed() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _student(args: argparse.Namespace, model, layout) -> tuple[generate.Source | None, list[str]]:
+def _student(args: argparse.Namespace, model, layout) -> tuple[Source | None, list[str]]:
     """Where the student's weights are (tried on a UNet without memory), and the variants that can be drawn."""
     chosen = args.variants or list(TITLES)
     if "after" not in chosen:
@@ -365,7 +377,7 @@ def _student(args: argparse.Namespace, model, layout) -> tuple[generate.Source |
             raise Problem(f"--student {args.student} is drawn by the variant 'after', which --variants leaves out")
         _try_on(layout, model, None)
         return None, chosen
-    name = args.student or (generate._bundled_student(model.name) if model.kind == "bundled" else None)
+    name = args.student or (bundled_student(model.name) if model.kind == "bundled" else None)
     if name is None:
         why = f"there is no student for {model.name}; --student NAME|FOLDER gives one"
         if args.variants is not None:
@@ -373,10 +385,10 @@ def _student(args: argparse.Namespace, model, layout) -> tuple[generate.Source |
         _say(f"{why}. Without it the variant 'after' is left out.")
         _try_on(layout, model, None)
         return None, [one for one in chosen if one != "after"]
-    source = generate._locate("--student", name)
+    source = locate("--student", name)
     if source.kind == "hub":
-        source.path = generate._fetch(source, None, ["config.json", "*.safetensors"])
-    config = generate._config(source, "config.json")
+        source.path = fetch(source, None, ["config.json", "*.safetensors"])
+    config = read_config(source, "config.json")
     if not isinstance(config.get("modules_list"), list):
         raise Problem(f"--student: {source.name} holds no LinFusion weights (config.json has no modules_list)")
     if not any(source.path.glob("*.safetensors")):
@@ -397,14 +409,12 @@ def _try_on(layout, model, source, config: dict | None = None) -> None:
             unet = UNet2DConditionModel.from_config(layout.unet)
             LinFusion.get_default_config(unet)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise Problem(f"--model: the UNet of {model.name} cannot be used: {generate._line(error)}") from error
+            raise Problem(f"--model: the UNet of {model.name} cannot be used: {line(error)}") from error
         if config is not None:
             try:
                 LinFusion.from_config(config).mount_to(unet)
             except (ValueError, TypeError, KeyError) as error:
-                raise Problem(
-                    f"--student: {source.name} does not go with {model.name}: {generate._line(error)}"
-                ) from error
+                raise Problem(f"--student: {source.name} does not go with {model.name}: {line(error)}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- the work
@@ -452,7 +462,7 @@ def _evaluate(args: argparse.Namespace, pipe, wanted: dict) -> Evaluation:
         except FloatingPointError as error:
             raise Problem(str(error)) from error
         except (RuntimeError, ValueError) as error:
-            generate._raise_if_memory(error)
+            raise_if_memory(error)
             raise
 
 

@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
-import json
 import math
 import os
 import re
@@ -22,22 +21,30 @@ import statistics
 import sys
 import tempfile
 import time
-import typing
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from linattn._quiet import quiet_diffusers
-from linattn.paths import instead_of
+from linattn.cli import _attention, _record
+from linattn.cli._models import (
+    BUNDLED_GUIDANCE,
+    PIPELINES,
+    Layout,
+    Problem,
+    Source,
+    check_file,
+    check_safetensors,
+    digests,
+    fetch,
+    fetch_pipeline,
+    line,
+    locate,
+    raise_if_memory,
+    read_layout,
+)
+from linattn.cli._record import Request
 
 HELP = "draw a picture from a text, and a JSON beside it that draws it again"
 
-#: Names the layout of the JSON; another layout gets another number.
-FORMAT = "linattn generate 1"
-#: Class in `model_index.json` -> the class that starts from a picture.
-PIPELINES = {
-    "StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLImg2ImgPipeline",
-}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 DEFAULTS = {
     "attention": "linfusion",
@@ -49,7 +56,6 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
 }
-BUNDLED_GUIDANCE = 2.5  # what the bundled models were scored with
 # What may be given with --from. Files may have moved, and the digests say whether they are the same. Another device or
 # dtype gives nearly the same picture; without them, one that was drawn on a GPU could be drawn nowhere else.
 MAY_CHANGE = ("model", "weights", "lora", "image", "device", "dtype")
@@ -63,69 +69,6 @@ examples:
       --size 1024 --steps 30 --guidance 7.5
   linattn generate "the same in oil" --model ./my_pipeline --weights ./my_student --image in.png --strength 0.6
 """
-
-
-class Problem(Exception):
-    """Something that the user can put right; its message is the one line they see."""
-
-
-@dataclasses.dataclass
-class Request:
-    """What is to be drawn. The paths of a record are absolute, so that it can be used from anywhere."""
-
-    prompt: str
-    negative_prompt: str | None
-    model: str
-    attention: str
-    weights: str | None
-    steps: int
-    guidance: float | int | None
-    seed: int
-    count: int
-    width: int | None
-    height: int | None
-    lora: str | None
-    lora_scale: float | int | None
-    image: str | None
-    strength: float | int | None
-    device: str
-    dtype: str
-
-
-@dataclasses.dataclass
-class Source:
-    """Where a model comes from: a bundled name, a folder, a repository of the hub, or one file."""
-
-    option: str
-    name: str
-    kind: str
-    path: Path | None
-    revision: str | None = None
-    files: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def sha256(self) -> str:
-        """One digest for all files, names included; one file has its own."""
-        if self.kind == "file":
-            return next(iter(self.files.values()))
-        return hashlib.sha256("".join(f"{k} {v}\n" for k, v in sorted(self.files.items())).encode()).hexdigest()
-
-    def to_record(self) -> dict:
-        facts = {"kind": self.kind, "name": self.name, "revision": self.revision, "sha256": self.sha256}
-        return facts | {"files": self.files}
-
-
-@dataclasses.dataclass
-class Layout:
-    """What the configs of a pipeline say, before any weights are read."""
-
-    class_name: str
-    components: tuple[str, ...]
-    unet: dict
-    multiple: int  # of which width and height must be, pixels
-    width: int  # of the pictures it was trained for, pixels
-    height: int
-    train_steps: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,45 +146,50 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # a name that is too long, a disk that is gone
-        print(f"linattn generate: {_line(error)}", file=sys.stderr)
+        print(f"linattn generate: {line(error)}", file=sys.stderr)
         return 1
 
 
 def _run(args: argparse.Namespace) -> int:
     # What costs nothing is checked first, then what needs torch, then what needs the hub, and only then is drawn.
-    record = None if args.from_record is None else _read_record(args.from_record)
+    record = None if args.from_record is None else _record.read_record(args.from_record)
     request = _request_from(args) if record is None else _request_again(args, record)
     _check_values(request)
     files = _output_files(args.out or Path("generated.png"), request, args.from_record, record)
     for option, path in (("--lora", request.lora), ("--image", request.image)):
-        _check_file(option, path)
+        check_file(option, path)
     _check_installed(request)
     image = None if request.image is None else _open(request.image)
-    model = _locate("--model", request.model)
+    model = locate("--model", request.model)
     layout = None
     if model.path is not None:
-        layout = _layout(model)
+        layout = read_layout(model)
         _check_size(request, layout, image)
     _check_device(request)
 
     revisions = {key: source["revision"] for key, source in (record or {"sources": {}})["sources"].items() if source}
     if layout is None:
-        model.path = _fetch(model, revisions.get("model"), ["*.json"])
-        layout = _layout(model)
+        model.path = fetch(model, revisions.get("model"), ["*.json"])
+        layout = read_layout(model)
         _check_size(request, layout, image)
-    weights = _weights(request, model, layout, revisions.get("weights"))
+    weights = _attention.find(request, model, layout, revisions.get("weights"))
     if model.kind == "hub":
-        _fetch_pipeline(model)
-    _check_safetensors(model, layout)
-    sources = _sources(request, model, layout, weights)
+        fetch_pipeline(model)
+    check_safetensors(model, layout)
+    sources = digests(model, layout, weights, lora=request.lora, image=request.image)
+    for key, source in sources.items():
+        if source is not None:
+            setattr(request, key, source.name)
     files.record.parent.mkdir(parents=True, exist_ok=True)
     with _arithmetic(request, record):
-        facts = _facts(request)
-        differences = [] if record is None else _compare(record, sources, facts)
+        facts = _record.facts(request)
+        differences = [] if record is None else _record.compare(record, sources, facts)
+        if differences:
+            _say(f"warning: the last bits may differ from the recorded picture: {'; '.join(differences)}")
         pipe = _load(request, layout, sources)
         _say(_summary(request, layout))
         done = {
-            "format": FORMAT,
+            "format": _record.FORMAT,
             "request": dataclasses.asdict(request),
             "sources": {key: None if source is None else source.to_record() for key, source in sources.items()},
             **facts,
@@ -251,11 +199,11 @@ def _run(args: argparse.Namespace) -> int:
         for picture in _draw(pipe, request, image, files):
             done["pictures"].append(picture)
             # After every picture: what was drawn before Ctrl-C can be drawn again, too.
-            _write(files.record, done)
+            _record.write(files.record, done)
             print(files.record.with_name(picture["file"]), flush=True)
     print(files.record, flush=True)
     if record is not None:
-        _say(_verdict(record["pictures"], done["pictures"], differences))
+        _say(_record.verdict(record["pictures"], done["pictures"], differences))
     return 0
 
 
@@ -275,7 +223,7 @@ def _request_from(args: argparse.Namespace) -> Request:
     for option, needs in (("strength", "image"), ("lora_scale", "lora")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             raise Problem(f"--{option.replace('_', '-')} goes with --{needs}, which is not given")
-    values = {name: getattr(args, name) for name in _names() if hasattr(args, name)}
+    values = {name: getattr(args, name) for name in _record.names() if hasattr(args, name)}
     values |= {name: default for name, default in DEFAULTS.items() if values[name] is None}
     if args.image is None:
         values["strength"] = None
@@ -288,10 +236,6 @@ def _request_from(args: argparse.Namespace) -> Request:
     return request
 
 
-def _names() -> list[str]:
-    return [field.name for field in dataclasses.fields(Request)]
-
-
 def _parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d+)\s*(?:[xX×]\s*(\d+)\s*)?", text)
     if match is None:
@@ -300,56 +244,8 @@ def _parse_size(text: str) -> tuple[int, int]:
     return width, int(match[2] or width)
 
 
-def _read_record(path: Path) -> dict:
-    """The JSON that an earlier run wrote, checked for what will be read of it."""
-    _check_file("--from", str(path))
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Problem(f"--from: cannot read {path} as JSON: {_line(error)}") from error
-    form = record.get("format") if isinstance(record, dict) else None
-    if form != FORMAT:
-        raise Problem(f"--from: {path} is no record of linattn generate: expected format {FORMAT!r}, got {form!r}")
-    shape = {"request": dict, "sources": dict, "versions": dict, "machine": dict, "pictures": list}
-    wrong = [key for key, kind in shape.items() if not isinstance(record.get(key), kind)]
-    types = typing.get_type_hints(Request)
-    if not wrong:
-        wrong += [f"request.{name}" for name in set(types) ^ set(record["request"])]
-        wrong += [f"request.{name}" for name, kind in types.items() if not _is_a(record["request"].get(name), kind)]
-        wrong += [
-            f"sources.{name}"
-            for name in ("model", "weights", "lora", "image")
-            if not _is_source(record["sources"].get(name), optional=name != "model")
-        ]
-        wrong += [
-            f"pictures.{index}"
-            for index, picture in enumerate(record["pictures"])
-            if not (
-                isinstance(picture, dict)
-                and isinstance(picture.get("file"), str)
-                and "seed" in picture
-                and "pixels_sha256" in picture
-            )
-        ]
-    if wrong:
-        raise Problem(f"--from: {path} is damaged: {', '.join(sorted(set(wrong)))} missing or of the wrong type")
-    return record
-
-
-def _is_a(value, kind) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _is_source(source, optional: bool) -> bool:
-    if source is None:
-        return optional
-    if not isinstance(source, dict) or "revision" not in source:
-        return False
-    return isinstance(source.get("sha256"), str) and isinstance(source.get("files"), dict)
-
-
 def _request_again(args: argparse.Namespace, record: dict) -> Request:
-    fixed = [name for name in _names() if name not in MAY_CHANGE and getattr(args, name, None) is not None]
+    fixed = [name for name in _record.names() if name not in MAY_CHANGE and getattr(args, name, None) is not None]
     fixed += ["size"] * (args.size is not None)
     if fixed:
         given = ", ".join(name if name == "prompt" else f"--{name.replace('_', '-')}" for name in fixed)
@@ -429,47 +325,13 @@ def _output_files(out: Path, request: Request, source: Path | None, record: dict
     for what, path in keep.items():
         if path is not None and any(_same(path, mine) for mine in (*files.pictures, files.record)):
             raise Problem(f"--out {out} would overwrite {what}: choose another name")
-    if files.record.exists() and not _is_record(files.record):
+    if files.record.exists() and not _record.is_record(files.record):
         raise Problem(f"--out {out} would overwrite {files.record}, which is no record of linattn generate")
     return files
 
 
 def _same(a, b) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and str(found.get("format", "")).startswith("linattn generate")
-
-
-def _check_file(option: str, path: str | None) -> None:
-    """Raise unless this is a file of the kind the option takes."""
-    if path is None:
-        return
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else f"does not exist; {instead_of(path)}"
-        raise Problem(f"{option}: expected a file, {path!r} {what}")
-    if option == "--lora" and Path(path).suffix != ".safetensors":
-        raise Problem(
-            f"--lora: expected a .safetensors file (nothing else is read: a pickle can run code), got {path!r}"
-        )
-
-
-def _write(path: Path, record: dict) -> None:
-    try:
-        path.write_text(json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _line(error: BaseException) -> str:
-    """An error of a library in one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else text[:500] + " ..."
 
 
 # ----------------------------------------------------------------------------------------------- model and weights
@@ -491,130 +353,7 @@ def _check_installed(request: Request) -> None:
             with safe_open(request.lora, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise Problem(f"--lora: cannot read {request.lora}: {_line(error)}") from error
-
-
-def _locate(option: str, name: str) -> Source:
-    """Say what a name means, without asking the hub: a source from there has no path yet."""
-    from linattn import bundled
-
-    if name in bundled.names():
-        return Source(option, name, "bundled", bundled.path(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(option, str(path.absolute()), "folder", path.absolute())
-    if path.exists():
-        raise Problem(f"{option}: expected a folder or a hub name, {name!r} is a file")
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return Source(option, name, "hub", None)
-    raise Problem(f"{option}: the folder {name!r} does not exist; {instead_of(name)}")
-
-
-def _fetch(source: Source, revision: str | None, patterns: list[str]) -> Path:
-    """The folder in the hub's cache with these files of a repository, fetched where they are missing."""
-    from huggingface_hub import snapshot_download
-
-    source.revision = revision
-    with _hub_errors(source):
-        path = Path(snapshot_download(source.name, revision=revision, allow_patterns=patterns))
-    source.revision = path.name
-    return path
-
-
-def _fetch_pipeline(source: Source) -> None:
-    from diffusers import DiffusionPipeline
-
-    with _hub_errors(source), quiet_diffusers():
-        source.path = Path(DiffusionPipeline.download(source.name, revision=source.revision, use_safetensors=True))
-
-
-@contextlib.contextmanager
-def _hub_errors(source: Source):
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    what = f"{source.option}: {source.name!r} is no folder here"
-    if Path(source.name).parent.is_dir():
-        what += f" ({instead_of(source.name)})"
-    try:
-        yield
-    except GatedRepoError as error:
-        raise Problem(f"{what}, and on the hub its terms must be accepted first, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise Problem(f"{what}, and the hub has no such repository (or a private one: `hf auth login`)") from error
-    except RevisionNotFoundError as error:
-        raise Problem(f"{what}, and the hub no longer has its revision {source.revision}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            why = "HF_HUB_OFFLINE is set, so the hub was not asked: unset it, or give a folder"
-        else:
-            why = "the hub could not be reached: check the network, or give a folder"
-        raise Problem(f"{what} and not (completely) in the cache {constants.HF_HUB_CACHE}; {why}") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise Problem(f"{what}, and the hub could not give it: {_line(error)}") from error
-
-
-def _config(source: Source, name: str) -> dict:
-    path = source.path / name
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Problem(f"{source.option}: {source.name} is incomplete, it has no {name}") from None
-    except (OSError, ValueError) as error:
-        raise Problem(f"{source.option}: cannot read {path}: {_line(error)}") from error
-    if not isinstance(found, dict):
-        raise Problem(f"{source.option}: {path} holds no JSON object")
-    return found
-
-
-def _layout(source: Source) -> Layout:
-    """Read the configs of a pipeline; raises for what cannot be drawn with, before weights are touched."""
-    where = f"{source.option}: {source.name}"
-    if not (source.path / "model_index.json").is_file():
-        hint = ""
-        if (source.path / "config.json").is_file():
-            hint = f"; it holds a single {_config(source, 'config.json').get('_class_name', 'model')}"
-        raise Problem(f"{where} is no diffusers pipeline, it has no model_index.json{hint}")
-    index = _config(source, "model_index.json")
-    class_name = index.get("_class_name")
-    components = tuple(
-        name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1] is not None
-    )
-    if "unet" not in components:
-        raise Problem(f"{where} is a {class_name}, which has no UNet; this draws with {' or '.join(PIPELINES)}")
-    if class_name not in PIPELINES:
-        raise Problem(f"{where} is a {class_name}; this draws with {' or '.join(PIPELINES)}")
-    absent = [name for name in ("vae", "text_encoder", "tokenizer", "scheduler") if name not in components]
-    absent += [name for name in components if not (source.path / name).is_dir()]
-    if absent:
-        raise Problem(f"{where} is incomplete, it has no {', '.join(absent)}")
-
-    unet, vae = _config(source, "unet/config.json"), _config(source, "vae/config.json")
-    channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels[0] != channels[1]:
-        raise Problem(
-            f"{where}: its UNet takes {channels[0]} channels and its VAE makes {channels[1]}: it is for inpainting or "
-            "editing, not for drawing from a text alone"
-        )
-    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    sample = unet.get("sample_size") or 64
-    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    return Layout(
-        class_name=class_name,
-        components=components,
-        unet=unet,
-        multiple=math.lcm(8, factor),  # the pipelines of diffusers insist on 8 even where the VAE's factor is less
-        width=width * factor,
-        height=height * factor,
-        train_steps=_config(source, "scheduler/scheduler_config.json").get("num_train_timesteps", 1000),
-    )
+            raise Problem(f"--lora: cannot read {request.lora}: {line(error)}") from error
 
 
 def _check_size(request: Request, layout: Layout, image) -> None:
@@ -646,7 +385,7 @@ def _open(path: str):
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise Problem(f"--image: cannot read {path} as a picture: {_line(error)}") from error
+        raise Problem(f"--image: cannot read {path} as a picture: {line(error)}") from error
 
 
 def _check_device(request: Request) -> None:
@@ -664,209 +403,7 @@ def _check_device(request: Request) -> None:
         raise Problem(f"--dtype bfloat16: {torch.cuda.get_device_name()} has no bfloat16; use float16 or float32")
 
 
-def _weights(request: Request, model: Source, layout: Layout, revision: str | None) -> Source | None:
-    """Find the LinFusion weights and try them on a UNet without memory; None where there are none to load."""
-    if request.attention == "stock":
-        return None
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    from linattn.adapters import LinFusion
-
-    if request.weights is None:
-        if model.kind == "bundled":
-            request.weights = _bundled_student(model.name) or "base"
-        else:
-            request.weights = "published"
-    with torch.device("meta"), quiet_diffusers():
-        try:
-            unet = UNet2DConditionModel.from_config(layout.unet)
-            if request.weights == "base":
-                LinFusion.get_default_config(unet)  # raises where there is nothing to replace
-                return None
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise Problem(f"--model: the UNet of {model.name} cannot be built: {_line(error)}") from error
-    if request.weights == "published":
-        request.weights = _published(model, unet)
-    source = _locate("--weights", request.weights)
-    if source.kind == "hub":
-        source.path = _fetch(source, revision, ["config.json", "*.safetensors"])
-    request.weights = source.name
-    if not (source.path / "config.json").is_file():
-        raise Problem(f"--weights: {source.name} holds no LinFusion weights, it has no config.json")
-    config = _config(source, "config.json")
-    if not isinstance(config.get("modules_list"), list):
-        raise Problem(
-            f"--weights: {source.name} holds a {config.get('_class_name', 'model')} and no LinFusion weights "
-            "(config.json has no modules_list)"
-        )
-    if not any(source.path.glob("*.safetensors")):
-        raise Problem(f"--weights: {source.name} has no .safetensors file (pickled weights are not read)")
-    try:
-        with torch.device("meta"), quiet_diffusers():
-            LinFusion.from_config(config).mount_to(unet)
-    except (ValueError, TypeError, KeyError) as error:
-        raise Problem(f"--weights: {source.name} does not go with {model.name}: {_line(error)}") from error
-    return source
-
-
-def _bundled_student(model: str) -> str | None:
-    """The bundled LinFusion weights for a bundled model: their folder's name begins with the model's."""
-    from linattn import bundled
-
-    for name in bundled.names():
-        config = bundled.path(name) / "config.json"
-        if name.startswith(model) and config.is_file():
-            found = _config(Source("--weights", name, "bundled", config.parent), config.name)
-            if found.get("_class_name") == "LinFusion":
-                return name
-    return None
-
-
-def _published(model: Source, unet) -> str:
-    from linattn.adapters import LinFusion
-    from linattn.adapters.linfusion import KNOWN_REPOSITORIES, PUBLISHED
-
-    family = KNOWN_REPOSITORIES.get(model.name) or LinFusion.architecture(unet)
-    if family is None:
-        try:
-            LinFusion.construct_for(unet=unet, pipe_name_path=model.name)
-        except ValueError as error:
-            raise Problem(f"{_line(error)}. Here: --weights NAME|FOLDER or --weights base") from error
-    return PUBLISHED[family]
-
-
-def _check_safetensors(source: Source, layout: Layout) -> None:
-    """Raise where a component has weights in another form only: they are not read, whatever they are."""
-    for name in layout.components:
-        folder = source.path / name
-        if (folder / "config.json").is_file() and not any(_is_weights(file) for file in folder.iterdir()):
-            found = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".safetensors"))
-            if not found and source.kind == "hub":
-                found = [f"none in the cache {folder}: fetch them with a network"]
-            raise Problem(
-                f"{source.option}: {name} of {source.name} has no weights as safetensors (pickled ones are not read): "
-                f"expected model.safetensors or diffusion_pytorch_model.safetensors, found {', '.join(found) or 'none'}"
-            )
-
-
-def _is_weights(file: Path) -> bool:
-    # Files with a variant in their names (model.fp16.safetensors) are not what from_pretrained reads.
-    return re.fullmatch(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors", file.name) is not None
-
-
-def _sources(request: Request, model: Source, layout: Layout, weights: Source | None) -> dict[str, Source | None]:
-    """Everything that is read from disk, with the digests of its files."""
-    parts = [model.path / "model_index.json"]
-    for name in layout.components:
-        parts += [f for f in (model.path / name).iterdir() if f.suffix in (".json", ".txt", ".model") or _is_weights(f)]
-    sources = {"model": model, "weights": weights, "lora": None, "image": None}
-    request.model = model.name
-    wanted = {"model": parts}
-    if weights is not None:
-        wanted["weights"] = [weights.path / "config.json", *weights.path.glob("*.safetensors")]
-    for key in ("lora", "image"):
-        if getattr(request, key) is not None:
-            path = Path(getattr(request, key)).absolute()
-            setattr(request, key, str(path))
-            sources[key] = Source(f"--{key}", str(path), "file", path)
-            wanted[key] = [path]
-    try:
-        with ThreadPoolExecutor(4) as pool:  # reading and hashing both let other threads run
-            for key, files in wanted.items():
-                source = sources[key]
-                top = source.path.parent if source.kind == "file" else source.path
-                names = sorted(file.relative_to(top).as_posix() for file in files)
-                source.files = dict(zip(names, pool.map(_sha256, [top / name for name in names]), strict=True))
-    except OSError as error:
-        raise Problem(f"cannot read {error.filename}: {error.strerror}") from error
-    return sources
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------- records
-
-
-def _facts(request: Request) -> dict:
-    """What besides the request and the files decides over the last bit."""
-    import torch
-
-    from linattn import backend
-    from linattn.cli import doctor
-
-    cpu = doctor.processor()
-    name = torch.cuda.get_device_name() if request.device == "cuda" else cpu["name"]
-    chosen = None
-    if request.attention == "linfusion":
-        try:
-            chosen = backend.choose("linear_attention", torch.device(request.device), getattr(torch, request.dtype))
-        except ValueError as error:  # one is forced that cannot run here
-            raise Problem(_line(error)) from error
-    return {
-        "versions": doctor.versions(),
-        "machine": {
-            "device": request.device,
-            "dtype": request.dtype,
-            "name": name,
-            "threads": cpu["threads"],
-            "torch_cpu": cpu["torch"],
-            "linattn_cpu": cpu["kernels"],
-        },
-        "backend": chosen,
-    }
-
-
-def _compare(record: dict, sources: dict[str, Source | None], facts: dict) -> list[str]:
-    """What differs from the record. Other files are an error: with them the picture is another one for certain.
-
-    Other versions or another machine are not: the picture will look the same though its bits may differ, and a record
-    would be worthless after the next upgrade if it could not be drawn. Whether they differ is seen in the end.
-    """
-    for key, source in sources.items():
-        before = record["sources"][key]
-        if (before is None) != (source is None):
-            had, has = ("none" if s is None else "some" for s in (before, source))
-            raise Problem(f"--from: {key} recorded: {had}, here: {has}; the picture could not be the same")
-        if source is not None and before["sha256"] != source.sha256:
-            names = sorted(set(before["files"]) | set(source.files))
-            changed = [name for name in names if before["files"].get(name) != source.files.get(name)]
-            if source.kind == "file":
-                changed = [source.name]
-            raise Problem(
-                f"--from: {key} is not what the picture was drawn with: {', '.join(changed[:3])}"
-                f"{' ...' if len(changed) > 3 else ''} of {source.name} differ (sha256); where the recorded files have "
-                f"moved to, say {source.option}, else draw anew without --from"
-            )
-    differences = []
-    for title, before, now in (
-        ("", {"backend": record.get("backend")}, {"backend": facts["backend"]}),
-        ("", record["versions"], facts["versions"]),
-        ("machine ", record["machine"], facts["machine"]),
-    ):
-        differences += [
-            f"{title}{name} {before.get(name)} then, {now.get(name)} now"
-            for name in sorted(set(before) | set(now))
-            if before.get(name) != now.get(name) and name != "threads"
-        ]
-    if differences:
-        _say(f"warning: the last bits may differ from the recorded picture: {'; '.join(differences)}")
-    return differences
-
-
-def _verdict(before: list[dict], now: list[dict], differences: list[str]) -> str:
-    known = {picture["seed"]: picture["pixels_sha256"] for picture in before}
-    other = [p["file"] for p in now if p["seed"] in known and p["pixels_sha256"] != known[p["seed"]]]
-    if not other:
-        return "the same pixels as recorded"
-    why = "see the warning above" if differences else "no difference in files, versions or machine is known"
-    return f"warning: not the same pixels as recorded: {', '.join(other)} ({why})"
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
@@ -910,8 +447,8 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
             pipe = kind.from_pretrained(sources["model"].path, dtype=dtype, use_safetensors=True, local_files_only=True)
             pipe.to(request.device, dtype)  # dtype again: older diffusers do not know the argument above
     except Exception as error:  # what is wrong with the files of a folder comes out as any type
-        _raise_if_memory(error)
-        raise Problem(f"--model: cannot load {request.model}: {type(error).__name__}: {_line(error)}") from error
+        raise_if_memory(error)
+        raise Problem(f"--model: cannot load {request.model}: {type(error).__name__}: {line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     if request.attention == "linfusion":
         weights = sources["weights"]
@@ -922,8 +459,8 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
                 else:
                     LinFusion.construct_for(pipe, pretrained_model_name_or_path=str(weights.path))
         except Exception as error:
-            _raise_if_memory(error)
-            raise Problem(f"--weights: cannot use {request.weights}: {type(error).__name__}: {_line(error)}") from error
+            raise_if_memory(error)
+            raise Problem(f"--weights: cannot use {request.weights}: {type(error).__name__}: {line(error)}") from error
     if request.lora is not None:
         _load_lora(pipe, Path(request.lora), request.lora_scale)
     return pipe
@@ -937,17 +474,10 @@ def _load_lora(pipe, path: Path, scale: float) -> None:
             if "lora" in found:
                 pipe.set_adapters("lora", scale)
     except Exception as error:
-        _raise_if_memory(error)
-        raise Problem(f"--lora: cannot use {path}: {type(error).__name__}: {_line(error)}") from error
+        raise_if_memory(error)
+        raise Problem(f"--lora: cannot use {path}: {type(error).__name__}: {line(error)}") from error
     if "lora" not in found:
         raise Problem(f"--lora: nothing in {path} belongs to a layer of this model")
-
-
-def _raise_if_memory(error: Exception) -> None:
-    import torch
-
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        raise Problem(f"out of memory; a smaller --size or 16-bit --dtype needs less: {_line(error)}") from error
 
 
 def _summary(request: Request, layout: Layout) -> str:
@@ -1006,7 +536,7 @@ def _draw(pipe, request: Request, image, files: Files):
                     **options,
                 )
             except (RuntimeError, ValueError) as error:
-                _raise_if_memory(error)
+                raise_if_memory(error)
                 raise
             wait()
             seconds = time.perf_counter() - start
@@ -1014,7 +544,7 @@ def _draw(pipe, request: Request, image, files: Files):
             try:
                 picture.save(path, **({"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}))
             except (OSError, KeyError) as error:  # KeyError: a Pillow that was built without this format
-                raise Problem(f"cannot write {path}: {_line(error)}") from error
+                raise Problem(f"cannot write {path}: {line(error)}") from error
             steps = [end - begin for begin, end in itertools.pairwise(ends)] or [ends[0] - start]
             yield {
                 "file": path.name,
