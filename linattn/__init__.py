@@ -7,6 +7,7 @@ and the compiled libraries are used where they are present (`python -m linattn` 
 from . import reference
 from ._version import __version__
 from .backend import use_backend
+from .ops.block_causal_attention import block_causal_attention
 from .ops.linear_attention import linear_attention, linear_attention_apply, linear_attention_state
 from .ops.window_attention import pool_tokens, window_attention
 
@@ -16,6 +17,7 @@ from .report import report
 
 __all__ = [
     "__version__",
+    "block_causal_attention",
     "linear_attention",
     "linear_attention_apply",
     "linear_attention_state",

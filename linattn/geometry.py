@@ -1,8 +1,8 @@
-"""Where tokens lie and which of them see each other: the arithmetic of window attention, in integers.
+"""Where tokens lie and which of them see each other: the arithmetic of window and block-causal attention, in integers.
 
 One place for reference math, checks, tests, pictures, adapters and parallel code. y is the row, x the column; token
-(y, x) of a grid is number y * width + x of its image tokens. Nothing here imports torch: `in_disk` also takes tensors,
-because it is arithmetic only.
+(y, x) of a grid is number y * width + x of its image tokens. Nothing here imports torch: `in_disk`, `slots` and
+`existing` also take tensors, because they are arithmetic only.
 """
 
 from __future__ import annotations
@@ -124,3 +124,54 @@ def pairs(
         if live > 0 and reach >= 0:
             image += live * ((2 * reach + 1) * width - reach * (reach + 1))
     return q_text_length * (text_length + height * width) + rows * width * (text_length + pooled) + image
+
+
+# ------------------------------------------------------------------------------------------------- blocks
+
+#: What a query sees in block-causal attention, in the order of slot_embed.
+SLOTS = ("self", "top-left", "left", "top")
+
+
+def slots(row, column):
+    """The block (row, column) of each slot of a query block; a missing neighbour is replaced by the nearest block."""
+    up, before = row - 1 * (row > 0), column - 1 * (column > 0)
+    return (row, column), (up, before), (row, before), (up, column)
+
+
+def existing(row, column):
+    """Whether the neighbour of each slot exists: edge="drop" attends to those and no others."""
+    above, before = row > 0, column > 0
+    return row >= 0, above & before, before, above
+
+
+def key_blocks(row: int, column: int, edge: str) -> dict[tuple[int, int], tuple[int, ...]]:
+    """{block: the slots that it fills}: what a query block sees, each block once.
+
+    Four blocks in the interior, two in the first row and the first column, one in the corner, whatever `edge` is;
+    with "clamp" they fill four slots everywhere.
+    """
+    blocks: dict[tuple[int, int], tuple[int, ...]] = {}
+    for slot, (block, exists) in enumerate(zip(slots(row, column), existing(row, column), strict=True)):
+        if exists or edge == "clamp":
+            blocks[block] = (*blocks.get(block, ()), slot)
+    return blocks
+
+
+def block_halo(row: int, rows: int, block: int) -> Rows:
+    """Rows of keys that the queries of rows row ... row + rows - 1 see: their own and the row of blocks above.
+
+    A strip that holds these keys and no others passes `row - block_halo.first` as its q_row.
+    """
+    return Rows(max(0, row - block), row + rows)
+
+
+def block_pairs(height: int, width: int, block: int, q_row: int = 0, rows: int | None = None) -> int:
+    """How many (query, key) pairs attend, a key that fills several slots counted once: the exact work of a call.
+
+    rows: rows of queries from q_row on, by default all to the end.
+    """
+    rows = height - q_row if rows is None else rows
+    # Rows of blocks and columns of blocks that are seen, summed over those of the queries: the first sees one, not two.
+    across = 2 * (width // block) - 1 if width else 0
+    down = 2 * (rows // block) - (1 if q_row == 0 else 0) if rows else 0
+    return down * across * block**4

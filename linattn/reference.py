@@ -320,3 +320,128 @@ def _patches(x: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     x = x.unflatten(2, (height, width)).index_select(2, rows).index_select(3, columns)
     n, m = geometry.pooled_size(height, width, factor)
     return x.unflatten(3, (m, factor)).unflatten(2, (n, factor)).permute(0, 1, 2, 4, 6, 3, 5).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------- family C: block-causal attention
+
+
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height: int,
+    width: int,
+    block: int,
+    slot_embed: Tensor | None = None,
+    scale: float | None = None,
+    edge: str = "clamp",
+    q_row: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query over the blocks of its four slots: (out (B, H, Nq, D), lse (B, H, Nq)).
+
+    slot_embed is added to the keys of each slot. At an edge, "clamp" fills the slot of a missing neighbour with the
+    nearest block, which is then attended again, and "drop" leaves it empty.
+    """
+    dtype = q.dtype
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outs, lses, order = [q[:, :, :0]], [q[:, :, :0, 0]], []
+    for visit in _block_visits(q, height, width, block, edge, q_row):
+        scores = _slot_scores(scale * q[:, :, visit.queries], k, slot_embed, visit)
+        outs.append((torch.softmax(scores, -1) @ v[:, :, visit.keys]).flatten(2, 3))
+        lses.append(torch.logsumexp(scores, -1).flatten(2, 3))
+        order.append(visit.queries.flatten())
+    if not order:
+        return outs[0].to(dtype), lses[0]
+    raster = torch.cat(order).argsort()
+    return torch.cat(outs, 2)[:, :, raster].to(dtype), torch.cat(lses, 2)[:, :, raster]
+
+
+def block_causal_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot_embed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    height: int,
+    width: int,
+    block: int,
+    edge: str,
+    q_row: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `block_causal_attention`: (grad_q, grad_k, grad_v, grad_slot_embed).
+
+    Derivation in docs/block_causal_attention.md; probabilities and delta as in `window_attention_backward`.
+    """
+    dtype = q.dtype
+    q, k, v, grad_out, out = (_wide(x) for x in (q, k, v, grad_out, out))
+    delta = (grad_out * out).sum(-1) if grad_lse is None else (grad_out * out).sum(-1) - grad_lse
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+    grad_embed = None if slot_embed is None else torch.zeros_like(slot_embed, dtype=q.dtype)
+    for visit in _block_visits(q, height, width, block, edge, q_row):
+        queries, keys = visit.queries, visit.keys
+        x, grad = q[:, :, queries], grad_out[:, :, queries]
+        p = torch.exp(_slot_scores(scale * x, k, slot_embed, visit) - lse[:, :, queries, None])
+        ds = scale * p * (grad @ v[:, :, keys].mT - delta[:, :, queries, None])
+        grad_x = ds @ k[:, :, keys]
+        if slot_embed is not None:
+            ds_slot = ds.unflatten(-1, (len(geometry.SLOTS), -1)).sum(-1)
+            grad_x = grad_x + ds_slot @ _by_head(slot_embed, x)
+            grad_embed += torch.einsum("bhnqs,bhnqd->shd", ds_slot, x)
+        grad_q[:, :, queries.flatten()] = grad_x.flatten(2, 3)
+        grad_k.index_add_(2, keys.flatten(), (ds.mT @ x).flatten(2, 3))
+        grad_v.index_add_(2, keys.flatten(), (p.mT @ grad).flatten(2, 3))
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), grad_embed
+
+
+class _BlockVisit(NamedTuple):
+    """Some query blocks, or some queries of one, and the keys of their slots, as numbers of tokens."""
+
+    queries: Tensor  # (blocks, queries)
+    keys: Tensor  # (blocks, slots * block^2), slot by slot
+    empty: Tensor | None  # (blocks, 1, slots * block^2): what is not attended; None: nothing
+
+
+def _block_visits(q: Tensor, height: int, width: int, block: int, edge: str, q_row: int) -> Iterator[_BlockVisit]:
+    """Query blocks in raster order, as many at a time as the budget allows, and of a large one a part."""
+    rows = q.shape[2] // width if width else 0
+    columns, in_block = width // block, block * block
+    token = torch.arange(block, device=q.device)
+    token = (token[:, None] * width + token).flatten()  # of the block in the corner
+
+    def tokens(row, column, first_row=0):
+        return (row * block - first_row) * width + column * block + token
+
+    budget = _SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1])
+    seen = len(geometry.SLOTS) * in_block
+    at_once = max(1, min(budget // (seen * in_block), budget // (seen * q.shape[3])))
+    step = max(1, min(in_block, budget // seen))
+    count = rows // block * columns
+    for first in range(0, count, at_once):
+        number = torch.arange(first, min(first + at_once, count), device=q.device)[:, None]
+        row, column = q_row // block + number // columns, number % columns
+        keys = torch.cat([tokens(*where) for where in geometry.slots(row, column)], 1)
+        empty = None
+        if edge == "drop":
+            empty = ~torch.cat(geometry.existing(row, column), 1).repeat_interleave(in_block, 1)[:, None]
+        queries = tokens(row, column, q_row)
+        for part in range(0, in_block, step):
+            yield _BlockVisit(queries[:, part : part + step], keys, empty)
+
+
+def _by_head(slot_embed: Tensor, like: Tensor) -> Tensor:
+    """(slots, H, D) -> (H, 1, slots, D), to stand beside (B, H, blocks, queries, D)."""
+    return slot_embed.to(like.dtype).transpose(0, 1).unsqueeze(1)
+
+
+def _slot_scores(q: Tensor, k: Tensor, slot_embed: Tensor | None, visit: _BlockVisit) -> Tensor:
+    """q . (k + slot_embed), the second product once per slot: (B, H, blocks, queries, slots * block^2)."""
+    scores = q @ k[:, :, visit.keys].mT
+    if slot_embed is not None:
+        shift = q @ _by_head(slot_embed, q).mT
+        scores = scores + shift.repeat_interleave(visit.keys.shape[1] // shift.shape[-1], -1)
+    return scores if visit.empty is None else scores.masked_fill(visit.empty, float("-inf"))

@@ -1,8 +1,9 @@
-"""The arithmetic of windows against counting by hand, on every grid that a test can think of."""
+"""The arithmetic of windows and blocks against counting by hand, on every grid that a test can think of."""
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import torch
 from helpers import goldens
 
 from linattn import geometry
@@ -133,3 +134,76 @@ def _parse(case):
     for letter in "hwtrd":
         case = case.replace(letter, " ")
     return map(int, case.split())
+
+
+# ------------------------------------------------------------------------------------------------- blocks
+
+
+def neighbours(row, column):
+    """Self, top-left, left, top; outside the grid as well."""
+    return [(row, column), (row - 1, column - 1), (row, column - 1), (row - 1, column)]
+
+
+blocks = {"row": st.integers(0, 3), "column": st.integers(0, 3)}
+
+
+@SEARCH
+@hypothesis.given(**blocks)
+def test_a_slot_whose_block_is_missing_is_filled_by_the_nearest_block(row, column):
+    grid = [(i, j) for i in range(5) for j in range(5)]
+    for slot, (i, j) in enumerate(neighbours(row, column)):
+        nearest = min(grid, key=lambda block, i=i, j=j: (block[0] - i) ** 2 + (block[1] - j) ** 2)
+        assert geometry.slots(row, column)[slot] == nearest
+        assert geometry.existing(row, column)[slot] == ((i, j) in grid)
+
+
+@SEARCH
+@hypothesis.given(**blocks, edge=st.sampled_from(["clamp", "drop"]))
+def test_key_blocks_hold_every_slot_that_is_filled_once(row, column, edge):
+    held = [(slot, block) for block, slots in geometry.key_blocks(row, column, edge).items() for slot in slots]
+    filled = [
+        (slot, block)
+        for slot, block in enumerate(geometry.slots(row, column))
+        if edge == "clamp" or block == neighbours(row, column)[slot]
+    ]
+    assert sorted(held) == filled
+    assert next(iter(geometry.key_blocks(row, column, edge))) == (row, column)
+
+
+def test_the_corner_sees_one_block_the_first_row_and_column_two_and_the_interior_four():
+    assert geometry.key_blocks(0, 0, "clamp") == {(0, 0): (0, 1, 2, 3)}
+    assert geometry.key_blocks(0, 5, "clamp") == {(0, 5): (0, 3), (0, 4): (1, 2)}
+    assert geometry.key_blocks(5, 0, "clamp") == {(5, 0): (0, 2), (4, 0): (1, 3)}
+    assert geometry.key_blocks(0, 5, "drop") == {(0, 5): (0,), (0, 4): (2,)}
+    for edge in ("clamp", "drop"):
+        assert geometry.key_blocks(5, 7, edge) == {(5, 7): (0,), (4, 6): (1,), (5, 6): (2,), (4, 7): (3,)}
+
+
+def test_slots_of_tensors_are_those_of_their_elements():
+    row, column = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
+    for function in (geometry.slots, geometry.existing):
+        found = function(row, column)
+        for i, j in ((0, 0), (0, 2), (2, 0), (1, 3)):
+            for slot, expected in enumerate(function(i, j)):
+                pick = tuple(x[i, j].item() for x in found[slot]) if isinstance(expected, tuple) else found[slot][i, j]
+                assert pick == expected
+
+
+@SEARCH
+@hypothesis.given(rows=st.integers(0, 4), columns=st.integers(0, 4), block=st.integers(1, 3), data=st.data())
+def test_block_pairs_are_the_sum_over_all_queries(rows, columns, block, data):
+    first = data.draw(st.integers(0, rows))
+    count = data.draw(st.integers(0, rows - first))
+    seen = sum(len(geometry.key_blocks(i, j, "drop")) for i in range(first, first + count) for j in range(columns))
+    sizes = rows * block, columns * block, block
+    assert geometry.block_pairs(*sizes, first * block, count * block) == seen * block**4
+    if count == rows - first:
+        assert geometry.block_pairs(*sizes, first * block) == seen * block**4
+
+
+@SEARCH
+@hypothesis.given(row=st.integers(0, 5), rows=st.integers(1, 3), block=st.integers(1, 3))
+def test_the_block_halo_is_every_row_that_is_seen_and_no_other(row, rows, block):
+    seen = {i for query in range(row, row + rows) for i, _ in geometry.key_blocks(query, 0, "drop")}
+    halo = geometry.block_halo(row * block, rows * block, block)
+    assert halo == (min(seen) * block, (max(seen) + 1) * block)
