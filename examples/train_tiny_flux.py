@@ -1,0 +1,503 @@
+"""Train the tiny FLUX that linattn ships, from scratch, on a CPU (20 minutes on two free cores).
+
+    python examples/train_tiny_flux.py --out build/tiny       (then copy its folder over that of linattn/bundled)
+
+A FLUX of stock diffusers and transformers classes that draws what the tiny Stable Diffusion of train_tiny_sd.py draws:
+several handwritten digits in the order that the prompt names (linattn.bundled.canvases).
+
+1. vae        as in train_tiny_sd.py, with fewer channels;
+2. cells      the same;
+3. text       a T5 encoder and a CLIP text encoder, which learn to read captions: at its word, T5 has to tell a digit,
+              its place and how many there are; CLIP's pooled vector has to tell the whole order. They stay as they are
+              from here on, as in FLUX;
+4. diffusion  a FLUX transformer, by flow matching: first on single cells, where words get their meaning, then on whole
+              canvases;
+5. pipeline   written in float16, as a user loads it.
+
+Its pictures are 144 x 144 and its prompts 16 tokens long, which is for the caller to say, because FluxPipeline has
+other defaults: pipe(prompt, height=144, width=144, max_sequence_length=16).
+
+Each stage ends in one folder under --work that appears at once (written aside, then renamed): a run that was killed
+starts again with the stage that it did not finish, and the long one inside it where its last checkpoint stands. Numbers
+of steps are fixed, not times, so that the same command trains the same model on a slow machine; the last bits still
+depend on the machine.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import random
+import shutil
+import string
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing is to be looked up
+
+import diffusers
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+import train_tiny_sd as sd
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from train_tiny_sd import Progress, generators, say
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from linattn.bundled import canvases, digits
+
+MODEL = "tiny_flux"
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out. The defaults made the bundled model; SMOKE only shows that it runs."""
+
+    seed: int = 0
+    vae_steps: int = 260
+    text_steps: int = 400
+    cell_steps: int = 600
+    canvas_steps: int = 5000
+    vae_batch: int = 8
+    text_batch: int = 64
+    cell_batch: int = 64
+    batch: int = 32
+    vae_channels: tuple[int, ...] = (16, 32, 32, 32)  # four levels: f = 8
+    double_blocks: int = 1
+    single_blocks: int = 4
+    heads: int = 3
+    rope: tuple[int, ...] = (4, 14, 14)  # of each head's channels: those that turn with the image, the row, the column
+    t5_width: int = 64
+    t5_layers: int = 3
+    clip_width: int = 32
+    clip_layers: int = 2
+    prompt_tokens: int = 16
+    rate: float = 2e-3
+    ema_decay: float = 0.998
+    caption_drop: float = 0.1  # share of empty captions: classifier-free guidance needs them
+    lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 4)  # digits on a canvas: one of these, drawn evenly
+    noise_mean: float = 1.0  # of the logit of the noise level in training
+    shift: float = 2.5  # of the noise levels that the sampler visits: the higher, the more of them are high
+    pens: int = 16
+    written: int = 360  # cells that each pen writes for canvases of one digit, of two, and so on
+    train_scans: int | None = None  # None: all
+
+
+SMOKE = Recipe(
+    vae_steps=2,
+    text_steps=2,
+    cell_steps=1,
+    canvas_steps=2,
+    vae_batch=2,
+    text_batch=4,
+    cell_batch=4,
+    batch=4,
+    vae_channels=(8, 8, 8, 8),
+    single_blocks=1,
+    heads=2,
+    rope=(4, 6, 6),
+    t5_width=16,
+    t5_layers=1,
+    clip_width=16,
+    clip_layers=1,
+    pens=2,
+    written=120,
+    train_scans=120,
+)
+
+
+# --- 3. text ----------------------------------------------------------------------------------------------------------
+
+
+def make_t5_tokenizer(recipe: Recipe) -> T5TokenizerFast:
+    """The words of our captions, and single characters, so that any other English text can be spelled."""
+    words = [("▁" + word, -1.0) for word in ("a", "an", "and", *digits.WORDS)] + [(",", -1.0)]
+    spelled = [(sign, -10.0) for sign in ("▁", *string.ascii_letters, *string.digits, *string.punctuation)]
+    known = {word for word, _ in words}
+    vocab = [(PAD, 0.0), (END, 0.0), (UNKNOWN, 0.0), *words, *(sign for sign in spelled if sign[0] not in known)]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=recipe.prompt_tokens)
+
+
+def new_text_encoders(recipe: Recipe) -> tuple[T5TokenizerFast, T5EncoderModel, CLIPTokenizer, CLIPTextModel]:
+    t5_tokenizer, clip_tokenizer = make_t5_tokenizer(recipe), sd.make_tokenizer(recipe)
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=recipe.t5_width,
+            d_kv=recipe.t5_width // 4,
+            num_heads=4,
+            d_ff=2 * recipe.t5_width,
+            num_layers=recipe.t5_layers,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=32,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=t5_tokenizer.pad_token_id,
+            eos_token_id=t5_tokenizer.eos_token_id,
+        )
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=recipe.clip_width,
+            intermediate_size=2 * recipe.clip_width,
+            projection_dim=recipe.clip_width,
+            num_hidden_layers=recipe.clip_layers,
+            num_attention_heads=2,
+            max_position_embeddings=recipe.prompt_tokens,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    return t5_tokenizer, t5, clip_tokenizer, clip
+
+
+def train_text(recipe: Recipe, out: pathlib.Path) -> dict:
+    """Both text encoders, each with linear readers that are thrown away afterwards."""
+    _, words = generators(recipe.seed + 2)
+    t5_tokenizer, t5, clip_tokenizer, clip = new_text_encoders(recipe)
+    t5.train()
+    clip.train()
+    longest = canvases.LONGEST
+    word_reader = torch.nn.Linear(recipe.t5_width, 10 + 2 * longest)  # which digit; its place; how many there are
+    order_reader = torch.nn.Linear(recipe.clip_width, longest * 11)  # the digit at each place, or none
+    parameters = [p for module in (t5, clip, word_reader, order_reader) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.text_steps // 10, recipe.text_steps)
+    digit_words = torch.tensor(t5_tokenizer.convert_tokens_to_ids(["▁" + word for word in digits.WORDS]))
+    progress, right = Progress("text", recipe.text_steps), []
+    for step in range(1, recipe.text_steps + 1):
+        orders = [canvases.draw_order(words, words.randint(1, longest)) for _ in range(recipe.text_batch)]
+        captions = [canvases.caption(order) for order in orders]
+        ids = sd.token_ids(t5_tokenizer, captions)
+        canvas, token = torch.isin(ids, digit_words).nonzero(as_tuple=True)  # in the order of the caption
+        which = torch.tensor([digit for order in orders for digit in order])
+        place = torch.tensor([place for order in orders for place in range(len(order))])
+        count = torch.tensor([len(order) - 1 for order in orders])[canvas]
+        read = word_reader(t5(ids)[0][canvas, token]).split((10, longest, longest), dim=1)
+        whole = torch.tensor([[*order, *[10] * (longest - len(order))] for order in orders])
+        read_order = order_reader(clip(sd.token_ids(clip_tokenizer, captions)).pooler_output).view(-1, longest, 11)
+        loss = F.cross_entropy(read_order.flatten(0, 1), whole.flatten())
+        loss = loss + sum(F.cross_entropy(*pair) for pair in zip(read, (which, place, count), strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.step(step, loss)
+        right.append((read_order.argmax(2) == whole).all(1).float().mean())
+    t5.eval().save_pretrained(out / "text_encoder_2")
+    t5_tokenizer.save_pretrained(out / "tokenizer_2")
+    clip.eval().save_pretrained(out / "text_encoder")
+    sd.save_tokenizer(clip_tokenizer, out / "tokenizer")
+    return {
+        "t5_parameters": t5.num_parameters(),
+        "clip_parameters": clip.num_parameters(),
+        "orders_read_from_the_pooled_vector": torch.stack(right[-20:]).mean().item(),
+    }
+
+
+# --- 4. diffusion -----------------------------------------------------------------------------------------------------
+
+
+class Latents(sd.Cells):
+    """Cells as FLUX scales latents, (z - shift) * scale, and in its tokens of 2 x 2."""
+
+    def __init__(self, folder: pathlib.Path, vae: AutoencoderKL, rng: random.Random):
+        super().__init__(folder)
+        self._map(lambda x: x / vae.config.scaling_factor)
+        orders = [canvases.draw_order(rng, rng.randint(1, canvases.LONGEST)) for _ in range(400)]
+        z = self.paste(orders, rng)
+        self.shift, self.scale = z.mean().item(), 1 / z.std().item()
+        self._map(lambda x: (x - self.shift) * self.scale)
+
+    def _map(self, change) -> None:
+        for tensors in (self.written, self.empty):
+            for count in tensors:
+                tensors[count] = change(tensors[count])
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """(n, c, h, w) -> (n, h w / 4, 4 c), as FluxPipeline does."""
+    n, c, h, w = x.shape
+    return x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
+
+
+def position_ids(height: int, width: int, row: int = 0, column: int = 0) -> torch.Tensor:
+    """(height * width, 3): image, row and column of every token, in raster order, the first at (row, column)."""
+    rows, columns = torch.meshgrid(torch.arange(height) + row, torch.arange(width) + column, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], 2).reshape(-1, 3).float()
+
+
+def new_transformer(recipe: Recipe, latent_channels: int) -> FluxTransformer2DModel:
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * latent_channels,
+        num_layers=recipe.double_blocks,
+        num_single_layers=recipe.single_blocks,
+        attention_head_dim=sum(recipe.rope),
+        num_attention_heads=recipe.heads,
+        joint_attention_dim=recipe.t5_width,
+        pooled_projection_dim=recipe.clip_width,
+        axes_dims_rope=recipe.rope,
+    )
+    # Every block starts as the identity, and the model as zero (Peebles and Xie, "Scalable diffusion models with
+    # transformers", 2023, section 3.2, adaLN-Zero).
+    modulations = [module.linear for name, module in transformer.named_modules() if hasattr(module, "linear")]
+    for layer in (*modulations, transformer.proj_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return transformer
+
+
+def train_diffusion(
+    recipe: Recipe, out: pathlib.Path, vae_folder: pathlib.Path, cells_folder: pathlib.Path, text_folder: pathlib.Path
+) -> dict:
+    rng, words = generators(recipe.seed + 3)
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    latents = Latents(cells_folder, vae, random.Random(recipe.seed))
+    vae.register_to_config(shift_factor=latents.shift, scaling_factor=latents.scale)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(text_folder / "text_encoder").eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(text_folder / "tokenizer"),
+        text_encoder_2=T5EncoderModel.from_pretrained(text_folder / "text_encoder_2").eval(),
+        tokenizer_2=T5TokenizerFast.from_pretrained(text_folder / "tokenizer_2"),
+        transformer=new_transformer(recipe, vae.config.latent_channels),
+    )
+    transformer = pipe.transformer.train()
+    parameters = list(transformer.parameters())
+    steps = recipe.cell_steps + recipe.canvas_steps
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 4), steps)
+    average = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
+    kept = {"transformer": transformer, "optimizer": optimizer, "schedule": schedule, "average": average}
+    checkpoint = out.parent / "diffusion.checkpoint"
+    done = sd.load_checkpoint(checkpoint, recipe, kept, rng, words)
+    progress = Progress("diffusion", steps, done)
+    for step in range(done + 1, steps + 1):
+        single = step <= recipe.cell_steps
+        batch = recipe.cell_batch if single else recipe.batch
+        lengths = (1,) if single else recipe.lengths
+        orders = [canvases.draw_order(words, words.choice(lengths)) for _ in range(batch)]
+        clean = (latents.single if single else latents.paste)(orders, words)
+        height, width = (side // 2 for side in clean.shape[2:])
+        # A cell by itself stands anywhere on the canvas.
+        corner = (height * words.randrange(canvases.SIDE), width * words.randrange(canvases.SIDE)) if single else (0, 0)
+        captions = ["" if words.random() < recipe.caption_drop else canvases.caption(order) for order in orders]
+        with torch.no_grad():
+            text, pooled, text_ids = pipe.encode_prompt(captions, max_sequence_length=recipe.prompt_tokens)
+        # One noise level from each of `batch` equally likely intervals: the loss then varies less from step to step.
+        # Layout and words are decided at high noise, so that is where most of them are.
+        share = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch).clamp(1e-4, 1 - 1e-4)
+        sigma = torch.sigmoid(recipe.noise_mean + torch.special.ndtri(share))
+        noise = torch.randn(clean.shape, generator=rng)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
+        prediction = transformer(
+            hidden_states=pack(noisy),
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=sigma,
+            img_ids=position_ids(height, width, *corner),
+            txt_ids=text_ids,
+            return_dict=False,
+        )[0]
+        loss = F.mse_loss(prediction, pack(noise - clean))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        average.step(parameters)
+        progress.step(step, loss)
+        if step % sd.CHECKPOINT_EVERY == 0:
+            sd.save_checkpoint(checkpoint, recipe, kept, rng, words, step)
+    average.copy_to(parameters)
+    transformer.eval()
+    save_pipeline(pipe, out)
+    return {"transformer_parameters": transformer.num_parameters(), "shift": latents.shift, "scale": latents.scale}
+
+
+def save_pipeline(pipe: FluxPipeline, out: pathlib.Path) -> None:
+    pipe.save_pretrained(out)
+    sd.save_tokenizer(pipe.tokenizer, out / "tokenizer")
+
+
+# --- 5. results -------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(folder: pathlib.Path) -> FluxPipeline:
+    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_pipeline(recipe: Recipe, out: pathlib.Path, diffusion_folder: pathlib.Path) -> dict:
+    """The pipeline as float16 files, which load as float32 unless a torch_dtype is asked for, and everywhere."""
+    pipe = load_pipeline(diffusion_folder).to(torch.float16)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.shift)
+    save_pipeline(pipe, out)
+    # transformers 5 takes the precision of the weights from this entry; diffusers' parts are float32 by default. Half a
+    # pipeline in each would not run.
+    for name in ("text_encoder", "text_encoder_2"):
+        edit_json(out / name / "config.json", lambda settings: settings | {"dtype": "float32"})
+    # transformers 5 drops the prefix that every published text encoder has, and reads both; older versions insist on
+    # it (without it they draw from random weights, with a warning).
+    weights = out / "text_encoder" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    # In transformers 5 both names are one class; before, the other one needs a SentencePiece file, and we have none.
+    edit_json(
+        out / "model_index.json", lambda settings: settings | {"tokenizer_2": ["transformers", "T5TokenizerFast"]}
+    )
+    sd.clean_configs(out)
+    return {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}
+
+
+def edit_json(path: pathlib.Path, change) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")
+
+
+# What each stage depends on, besides everything that the stages before it depend on.
+FIELDS = {
+    "vae": ("seed", "train_scans", "vae_steps", "vae_batch", "vae_channels"),
+    "cells": ("pens", "written"),
+    "text": ("text_steps", "text_batch", "t5_width", "t5_layers", "clip_width", "clip_layers", "prompt_tokens"),
+    "diffusion": (
+        *("cell_steps", "canvas_steps", "cell_batch", "batch", "double_blocks", "single_blocks", "heads", "rope"),
+        *("rate", "ema_decay", "caption_drop", "lengths", "noise_mean"),
+    ),
+    "pipeline": ("shift",),
+}
+
+
+def part_of(recipe: Recipe, stage: str) -> dict:
+    """What decides the outcome of a stage, as JSON knows it."""
+    names = list(FIELDS)
+    relevant = [field for name in names[: names.index(stage) + 1] for field in FIELDS[name]]
+    return json.loads(json.dumps({field: getattr(recipe, field) for field in relevant}))
+
+
+def finished_stage(folder: pathlib.Path, recipe: Recipe) -> dict | None:
+    """What the stage in this folder reported, if it was finished with the same recipe."""
+    try:
+        stage = json.loads((folder / "stage.json").read_text())
+    except FileNotFoundError:
+        return None
+    return stage["report"] if stage["recipe"] == part_of(recipe, folder.name) else None
+
+
+def run_stage(name: str, recipe: Recipe, work: pathlib.Path, train, *inputs: pathlib.Path) -> dict:
+    folder = work / name
+    report = finished_stage(folder, recipe)
+    if report is not None:
+        say(f"{name}: done already ({folder})")
+        return report
+    fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=work))
+    start = time.perf_counter()
+    report = train(recipe, fresh, *inputs)
+    report = {"seconds": round(time.perf_counter() - start, 1), **report}
+    stage = {"recipe": part_of(recipe, name), "report": report}
+    (fresh / "stage.json").write_text(json.dumps(stage, indent=2) + "\n")
+    sd.publish(fresh, folder)
+    say(f"{name}: done in {report['seconds']:.0f} s")
+    return report
+
+
+def command_line(args: argparse.Namespace, changed: dict) -> str:
+    """The command that makes this model again: everything that matters to it, and no folder of this machine."""
+    words = [f"python examples/train_tiny_flux.py --out DIR --seed {args.seed} --threads {args.threads}"]
+    words += [f"--set {name}={json.dumps(value)}" for name, value in changed.items()]
+    return " ".join(words + ["--smoke"] * args.smoke)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="where the folder is written (replaced)")
+    parser.add_argument("--work", type=pathlib.Path, help="where stages are kept (default: OUT.stages beside it)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of Recipe, in JSON"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--until", choices=list(FIELDS), help="stop after this stage")
+    parser.add_argument("--note", default="", help="words for card.json, for example that the machine was busy")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, two steps per stage: shows that it runs")
+    args = parser.parse_args(arguments)
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        parser.error(
+            f"training needs transformers 5 or newer, this is {transformers.__version__} (the result does not)"
+        )
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    changed = {}
+    for setting in args.set:
+        name, _, value = setting.partition("=")
+        if name not in known:
+            parser.error(f"--set {setting}: there is no {name!r}; fields: {', '.join(sorted(known))}")
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            parser.error(f"--set {setting}: expected a value in JSON, got {value!r}")
+        changed[name] = tuple(value) if isinstance(value, list) else value
+    recipe = dataclasses.replace(SMOKE if args.smoke else Recipe(), seed=args.seed, **changed)
+    out = args.out.resolve()
+    work = (args.work or out.with_name(out.name + ".stages")).resolve()
+    for folder in (work, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in [*work.glob(".*-*"), *out.glob(".*-*")]:
+        shutil.rmtree(unfinished)  # of a run that was killed
+    torch.set_num_threads(args.threads)
+
+    plan = {
+        "vae": (sd.train_vae,),
+        "cells": (sd.encode_cells, work / "vae"),
+        "text": (train_text,),
+        "diffusion": (train_diffusion, work / "vae", work / "cells", work / "text"),
+        "pipeline": (write_pipeline, work / "diffusion"),
+    }
+    stages = {}
+    for name, (train, *inputs) in plan.items():
+        stages[name] = run_stage(name, recipe, work, train, *inputs)
+        if name == "diffusion":
+            (work / "diffusion.checkpoint").unlink(missing_ok=True)
+        if name == args.until:
+            return 0
+
+    card = {
+        "what": "FLUX of stock diffusers classes, trained from scratch on canvases of handwritten digits "
+        "(linattn.bundled.canvases)",
+        "data": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, "
+        f"CC BY 4.0): {len(digits.load().train)} scans for training, {digits.HELD_OUT} held out",
+        "command": command_line(args, changed),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "recipe": dataclasses.asdict(recipe),
+        "threads": args.threads,
+        "note": args.note,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "stages": stages,
+        "seconds": round(sum(report["seconds"] for report in stages.values()), 1),
+    }
+    sd.deliver(work / "pipeline", out / MODEL, card)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
