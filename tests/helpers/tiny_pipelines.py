@@ -89,7 +89,7 @@ UNETS = {
 }
 FAMILIES = tuple(UNETS)
 
-LATENTS = 4  # channels; an image token is 2 x 2 latents
+LATENTS = 16  # channels, as published (SD3 inpaints no other); an image token is 2 x 2 latents
 _FLUX = {
     "in_channels": 4 * LATENTS,
     # Two and three: of the five layers, those that CLEAR's distillation captures (every fourth, if single) are one.
