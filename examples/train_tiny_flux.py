@@ -65,7 +65,7 @@ class Recipe:
     seed: int = 0
     vae_steps: int = 260
     text_steps: int = 400
-    cell_steps: int = 600
+    cell_steps: int = 400
     canvas_steps: int = 5000
     vae_batch: int = 8
     text_batch: int = 64
@@ -84,7 +84,7 @@ class Recipe:
     rate: float = 2e-3
     ema_decay: float = 0.998
     caption_drop: float = 0.1  # share of empty captions: classifier-free guidance needs them
-    lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 4)  # digits on a canvas: one of these, drawn evenly
+    lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 4)  # digits on a canvas: one of these, drawn evenly
     noise_mean: float = 1.0  # of the logit of the noise level in training
     shift: float = 2.5  # of the noise levels that the sampler visits: the higher, the more of them are high
     pens: int = 16
