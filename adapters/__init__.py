@@ -5,7 +5,7 @@ They need diffusers, which linattn itself does not: `pip install "linattn[diffus
 
 import importlib
 
-_HOME = {"LinFusion": "linfusion", "LinearAttention": "linfusion", "LinearAttnProcessor": "linfusion"}
+_HOME = {"CLEAR": "clear", "LinFusion": "linfusion", "LinearAttention": "linfusion", "LinearAttnProcessor": "linfusion"}
 
 __all__ = list(_HOME)
 

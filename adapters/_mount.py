@@ -8,6 +8,8 @@ What others have put on the model stays with the model, in both directions:
     peft wrappers (LoRA)         move over to the module that comes in; a delta that has been merged (fused) into the
                                  weight of the old one is merged into the weight of the new one
     device, dtype, train/eval    are those of the module that goes out
+    children of both modules     a child that is the same object in the module that comes in and in the one that goes
+                                 out is left alone, with all that is on it; what has been put around it goes back
     accelerate's offload hooks   are put on the module that comes in, and leave the one that goes out
     diffusers' group offloading  is applied again to the whole model, as diffusers does when layers change
     diffusers' layerwise casting is put on the module that comes in; it cannot be taken off again
@@ -21,6 +23,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+
+def find_transformer(pipeline_or_transformer) -> nn.Module:
+    """The transformer of a diffusers pipeline, or the transformer itself; a torch.compile wrapper is looked through."""
+    model = getattr(pipeline_or_transformer, "transformer", pipeline_or_transformer)
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "expected a diffusers pipeline that has a transformer, or a transformer (torch.nn.Module), got "
+            f"{type(pipeline_or_transformer)}"
+        )
+    return model
 
 
 def find_unet(pipeline_or_unet) -> nn.Module:
@@ -40,20 +54,27 @@ class Mount:
     Args:
         model: the model whose submodules are exchanged.
         replacements: qualified name -> module that takes the place of the one found there.
-        slots: child layers that may carry peft wrappers; these stay with the model when its modules change.
+        slots: child layers that may carry peft wrappers; these stay with the model when its modules change. Those that
+            a module does not have, or shares with the one it replaces, are passed over.
+        extra: children of a module that comes in to which nothing corresponds in one that goes out, where these two
+            share the rest.
     """
 
-    def __init__(self, model: nn.Module, replacements: dict[str, nn.Module], slots: tuple[str, ...]):
+    def __init__(
+        self, model: nn.Module, replacements: dict[str, nn.Module], slots: tuple[str, ...], extra: tuple[str, ...] = ()
+    ):
         self.model = model
-        self.slots = slots
         self.replacements = dict(replacements)
         self.originals = {name: model.get_submodule(name) for name in replacements}
+        self._extra = extra
+        self._shared = {n: _shared_children(module, self.originals[n]) for n, module in self.replacements.items()}
+        self._slots = {n: _own_slots(module, self.originals[n], slots) for n, module in self.replacements.items()}
         self._fused: list[tuple[nn.Module, _Merged]] = []
         dtype = weight_dtype(model)
         for name, module in self.replacements.items():
             original = self.originals[name]
-            _hold_like(module, original, dtype, model.training)
-            for slot in slots:
+            _hold_like(self._incoming(name), self._outgoing(name), dtype, model.training)
+            for slot in self._slots[name]:
                 # The originals keep what is fused into them, so that they come back to the last bit.
                 for wrapper in wrappers(original.get_submodule(slot)):
                     if is_merged(wrapper):
@@ -61,8 +82,23 @@ class Mount:
                 for wrapper in _move_wrappers(original, module, slot):
                     _merge_again(wrapper)
             _set(model, name, module)
-        self._held = {name: _holding(module, dtype, model.training) for name, module in self.replacements.items()}
+        self._held = {name: _holding(self._incoming(name), dtype, model.training) for name in self.replacements}
         _apply_group_offloading_again(model)
+
+    def _incoming(self, name: str) -> nn.Module:
+        """Of a module that comes in, what is not shared with the one that goes out."""
+        module = self.replacements[name]
+        if not self._shared[name]:
+            return module
+        layers = [base_layer(module.get_submodule(slot)) for slot in self._slots[name]]
+        return nn.ModuleList([*layers, *(module.get_submodule(child) for child in self._extra)])
+
+    def _outgoing(self, name: str) -> nn.Module:
+        """Of a module that goes out, what is not shared with the one that comes in; all of it if that is nothing."""
+        original = self.originals[name]
+        if not self._shared[name] or not self._slots[name]:
+            return original
+        return nn.ModuleList(base_layer(original.get_submodule(slot)) for slot in self._slots[name])
 
     def foreign(self) -> list[str]:
         """Names at which the model no longer holds what was mounted there."""
@@ -81,18 +117,41 @@ class Mount:
         dtype, training = weight_dtype(self.model), self.model.training
         for name, original in self.originals.items():
             module = self.replacements[name]
-            if self._held[name] != _holding(module, dtype, training):
-                _hold_like(original, module, dtype, training)
-            for slot in self.slots:
+            incoming = self._incoming(name)
+            if self._slots[name] and self._held[name] != _holding(incoming, dtype, training):
+                _hold_like(self._outgoing(name), incoming, dtype, training)
+            if self._held[name][2] != training:
+                original.train(training)
+            for slot in self._slots[name]:
                 for wrapper in wrappers(module.get_submodule(slot)):
                     if is_merged(wrapper):
                         _Merged(wrapper).take_out_of(base_layer(wrapper))
                 for wrapper in _move_wrappers(module, original, slot):
                     if id(wrapper) not in unchanged:
                         _merge_again(wrapper)
-            _release(module)
+            for child in self._shared[name]:
+                original._modules[child] = module._modules[child]
+            _release(incoming)
             _set(self.model, name, original)
         _apply_group_offloading_again(self.model)
+
+
+def _shared_children(module: nn.Module, original: nn.Module) -> list[str]:
+    return [name for name, child in original.named_children() if module._modules.get(name) is child]
+
+
+def _own_slots(module: nn.Module, original: nn.Module, slots: tuple[str, ...]) -> list[str]:
+    """Those slots that both modules have, with layers of their own."""
+    layers = ((slot, layer_at(module, slot), layer_at(original, slot)) for slot in slots)
+    return [slot for slot, own, other in layers if other is not None and base_layer(own) is not base_layer(other)]
+
+
+def layer_at(module: nn.Module, slot: str) -> nn.Module | None:
+    """The child layer of this qualified name; None where there is none."""
+    try:
+        return module.get_submodule(slot)
+    except AttributeError:
+        return None
 
 
 def _set(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -145,6 +204,31 @@ def subtract_fused(layer: nn.Module, weights: nn.Linear) -> None:
     """Take out of `weights`, a copy of the weight and bias of this layer's base, what wrappers have fused into it."""
     for wrapper in filter(is_merged, wrappers(layer)):
         _Merged(wrapper).take_out_of(weights)
+
+
+def refuse_fused(
+    sources: dict[str, nn.Module], targets: dict[str, nn.Module], slots: tuple[str, ...], action: str
+) -> None:
+    """Raise where a LoRA is fused into a layer of `sources` and cannot move to the same layer of `targets`."""
+    stuck = []
+    for name, module in sources.items():
+        for slot in slots:
+            layer, target = layer_at(module, slot), layer_at(targets[name], slot)
+            reason = why_fused_stays(layer, target) if layer is not None and target is not None else None
+            if reason:
+                stuck.append(f"{name}.{slot}: {reason}")
+    if stuck:
+        raise ValueError(
+            f"cannot {action} while a LoRA is fused into {some(stuck, '; ')}. unfuse_lora() first, {action}, "
+            "then fuse again"
+        )
+
+
+def some(items, separator: str = ", ") -> str:
+    """The first few of a list, and how many there are, for messages."""
+    items = [str(item) for item in items]
+    shown = separator.join(items[:3])
+    return shown if len(items) <= 3 else f"{shown}{separator}... ({len(items)} in all)"
 
 
 def _move_wrappers(source: nn.Module, target: nn.Module, slot: str) -> list[nn.Module]:
@@ -263,10 +347,10 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return model.dtype
 
 
-def _device(module: nn.Module) -> torch.device:
+def _device(module: nn.Module) -> torch.device | None:
     if _offload(module) is not None:
         return torch.device("cpu")  # where accelerate keeps offloaded weights
-    return next(module.parameters()).device
+    return next((parameter.device for parameter in module.parameters()), None)
 
 
 def is_offloaded(module: nn.Module) -> bool:
