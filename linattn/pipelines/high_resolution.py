@@ -13,7 +13,7 @@ stages in a row enlarge by and by.
 The work of the last stages is nearly all attention, and there the attention is exchanged: the first picture is drawn
 with the model's own, the stages with an adapter such as CLEAR and its settings for high resolution.
 
-Sources: Meng et al., *SDEdit* (arXiv 2108.01073); Liu et al., *CLEAR* (arXiv 2412.16112), section 4.
+Sources: Meng et al., *SDEdit* (arXiv 2108.01073); Liu et al., *CLEAR* (arXiv 2412.16112).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHIFT, NTK_FACTOR = 3.0, 10.0
 
 # Options that are arguments here, or come from the stages.
 _RESERVED = {"image", "strength", "latents", "height", "width", "generator", "output_type", "num_inference_steps"}
-_RESERVED |= {"guidance_scale", "return_dict"}
+_RESERVED |= {"return_dict"}
 
 
 @dataclass(frozen=True)
