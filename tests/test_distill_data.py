@@ -91,6 +91,12 @@ def folder_beside(root):
     return settings(write(root, files | {f"{name}.txt": CAPTIONS[name] + "\n" for name in SIZES}))
 
 
+def folder_json(root):
+    """As CLEAR's training data lies."""
+    files = {f"{name}.png": encoded(picture(name)) for name in SIZES}
+    return settings(write(root, files | {f"{name}.json": json.dumps({"prompt": CAPTIONS[name]}) for name in SIZES}))
+
+
 def folder_metadata(root):
     lines = [json.dumps({"file_name": f"{name}.png", "text": CAPTIONS[name]}) for name in SIZES]
     files = {f"{name}.png": encoded(picture(name)) for name in SIZES}
@@ -134,7 +140,9 @@ def arrow_bytes(root):
 
 
 SOURCES = pytest.mark.parametrize(
-    "make", [folder_beside, folder_metadata, tar_text, tar_json, arrow, arrow_bytes], ids=lambda make: make.__name__
+    "make",
+    [folder_beside, folder_json, folder_metadata, tar_text, tar_json, arrow, arrow_bytes],
+    ids=lambda make: make.__name__,
 )
 
 
@@ -253,6 +261,26 @@ def test_the_keys_of_metadata_can_be_chosen(tmp_path):
     assert source.caption(0) == "seen"
 
 
+def test_json_beside_a_picture_is_read_under_its_key_which_then_goes_before_text(tmp_path):
+    files = {
+        "one.png": PNG,
+        "one.json": json.dumps({"prompt": "asked for", "blip": " seen "}),
+        "one.txt": "written",
+        "s/two.png": PNG,
+        "s/two.json": json.dumps({"prompt": "asked for", "blip": "seen too"}),
+        "three.png": PNG,
+        "three.txt": "written too",
+    }
+
+    def captions_of(source):
+        return [source.caption(i) for i in range(3)]
+
+    source = image_folder(tmp_path, files)
+    assert keys_of(source) == ["one.png", "s/two.png", "three.png"]
+    assert captions_of(source) == ["written", "asked for", "written too"]
+    assert captions_of(image_folder(tmp_path, files, caption_key="blip")) == ["seen", "seen too", "written too"]
+
+
 def test_an_empty_caption_is_one(tmp_path):
     assert image_folder(tmp_path, {"a.png": PNG, "a.txt": ""}).caption(0) == ""
 
@@ -282,6 +310,22 @@ FOLDER_ERRORS = {
     "twice": ({"a.png": PNG, "metadata.jsonl": '{"file_name": "a.png", "text": ""}\n' * 2}, {}, ["line 2", "again"]),
     "no metadata": ({"a.png": PNG, "a.txt": ""}, {"caption_key": "blip"}, ["data.caption_key", "metadata.jsonl"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"caption": "x"}', ["a.json", "expected text under 'prompt' (data.caption_key)", "keys: caption"]),
+        ('{"prompt": ["x"]}', ["a.json", "got ['x']"]),
+        ("{", ["a.json", "expected JSON"]),
+    ],
+)
+def test_json_beside_a_picture_that_holds_no_caption_is_named(tmp_path, content, words):
+    source = image_folder(tmp_path, {"a.png": PNG, "a.json": content})
+    with pytest.raises(DataError) as caught:
+        source.caption(0)
+    for word in words:
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("case", FOLDER_ERRORS)

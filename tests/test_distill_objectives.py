@@ -51,6 +51,9 @@ class Given:
     def target(self, *_):
         return self.wanted
 
+    def loss_weights(self, *_):
+        return None
+
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
@@ -221,19 +224,113 @@ def test_schedules_that_cannot_be_used_are_refused():
         noise.DiscreteSchedule(FlowMatchEulerDiscreteScheduler())
 
 
-def test_draws_belong_to_the_sample_and_the_seed():
-    together = noise.draw([5, 6, 7], (4, 3, 2), seed=1, num_timesteps=1000)
-    alone = [noise.draw([n], (4, 3, 2), seed=1, num_timesteps=1000) for n in (7, 5, 6)]
+def flow(**options):
+    return noise.FlowSchedule(FlowMatchEulerDiscreteScheduler(), **options)
+
+
+def test_flow_matching_follows_its_formula():
+    clean, eps = torch.randn(2, 5, 4, 3, 3, dtype=torch.float64).unbind()
+    t = torch.tensor([1, 37.5, 500, 999, 1000], dtype=torch.float64)
+    sigma = (t / 1000).view(-1, 1, 1, 1)
+    made = flow()
+    torch.testing.assert_close(made.add_noise(clean, eps, t), (1 - sigma) * clean + sigma * eps, rtol=1e-15, atol=0)
+    assert torch.equal(made.target(clean, eps, t), eps - clean)
+    assert made.loss_weights(t) is None
+
+
+@pytest.mark.parametrize("scheduler", [{"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}, {}])
+def test_noise_levels_are_the_scheduler_s_before_any_shift(scheduler):
+    levels = FlowMatchEulerDiscreteScheduler(num_train_timesteps=8).timesteps
+    schedule = noise.FlowSchedule(FlowMatchEulerDiscreteScheduler(num_train_timesteps=8, **scheduler))
+    made = noise.draw(range(4000), (1, 1), seed=0, schedule=schedule).timesteps
+    assert made.dtype == torch.float32
+    drawn, counts = made.unique(return_counts=True)
+    assert torch.equal(drawn, levels.flip(0))
+    assert (abs(counts - 500) < 6 * (4000 / 8 * 7 / 8) ** 0.5).all(), "uniform"
+
+
+def test_shift_moves_the_noise_levels_as_the_scheduler_does():
+    made = noise.draw(range(200), (1, 1), seed=0, schedule=flow(shift=3.0)).timesteps
+    plain = noise.draw(range(200), (1, 1), seed=0, schedule=flow()).timesteps
+    shifted = FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps  # the noisiest first
+    torch.testing.assert_close(made, shifted[1000 - plain.long()], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "below_half", "in_the_middle"),
+    [
+        # P(sigma < 1/2) and P(1/4 < sigma < 3/4) by the densities of arXiv 2403.03206, section 3.1.
+        ({"weighting": "none"}, 0.5, 0.5),
+        ({"weighting": "sigma_sqrt"}, 0.5, 0.5),
+        ({"weighting": "logit_normal"}, 0.5, 0.7280),
+        # sigma = 1 - sigmoid(z), so z > 0 is P(z' > -1) = 0.8413.
+        ({"weighting": "logit_normal", "logit_mean": 1.0}, 0.8413, 0.5220),
+        ({"weighting": "logit_normal", "logit_std": 0.5}, 0.5, 0.9720),
+        ({"weighting": "mode"}, 0.5, None),
+        ({"weighting": "mode", "mode_scale": 0.0}, 0.5, 0.5),
+    ],
+    ids=str,
+)
+def test_densities_of_the_noise_level(options, below_half, in_the_middle):
+    sigma = noise.draw(range(4000), (1, 1), seed=3, schedule=flow(**options)).timesteps / 1000
+    assert sigma.min() > 0 and sigma.max() <= 1
+    six_errors = 6 * 0.5 / 4000**0.5
+    assert abs((sigma <= 0.5).float().mean() - below_half) < six_errors
+    middle = ((sigma > 0.25) & (sigma <= 0.75)).float().mean()
+    if in_the_middle is None:  # mode, scale 1.29: sigma(u) = 1 - u - 1.29 (cos^2(pi u / 2) - 1 + u), by bisection
+        u = torch.linspace(0, 1, 100001, dtype=torch.float64)
+        curve = 1 - u - 1.29 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+        in_the_middle = ((curve > 0.25) & (curve <= 0.75)).double().mean()
+    assert abs(middle - in_the_middle) < six_errors
+
+
+def test_weights_of_the_noise_level():
+    t = torch.tensor([10.0, 500.0, 1000.0])
+    torch.testing.assert_close(flow(weighting="sigma_sqrt").loss_weights(t), torch.tensor([1e4, 4.0, 1.0]))
+    # 2 / (pi (1 - 2 sigma + 2 sigma^2)): twice as much in the middle as at the end.
+    cosmap = flow(weighting="cosmap").loss_weights(t)
+    torch.testing.assert_close(cosmap[1:], torch.tensor([4 / torch.pi, 2 / torch.pi]))
+    assert flow(weighting="logit_normal").loss_weights(t) is None
+
+
+def test_weights_of_the_samples_are_on_the_predictions_alone():
+    student, teacher, target = torch.randn(3, 2, 8).unbind()
+    features, others = {"a": torch.randn(2, 7)}, {"a": torch.randn(2, 7)}
+    weights = torch.tensor([3.0, 0.5])
+    weighted = attention_losses(student, teacher, target, features, others, sample_weights=weights)
+    plain = attention_losses(student, teacher, target, features, others)
+    for name, wanted in (("noise", target), ("prediction", teacher)):
+        torch.testing.assert_close(weighted[name], (weights * ((student - wanted) ** 2).mean(dim=1)).mean())
+    assert torch.equal(weighted["feature"], plain["feature"])
+    ones = attention_losses(student, teacher, target, features, others, sample_weights=torch.ones(2))
+    torch.testing.assert_close(ones, plain)
+
+
+def test_flow_schedules_that_cannot_be_used_are_refused():
+    with pytest.raises(ValueError, match="flow matching scheduler, got a DDIMScheduler"):
+        noise.FlowSchedule(DDIMScheduler())
+    with pytest.raises(ValueError, match=r"weighting must be one of none, .*, got 'cosine'"):
+        flow(weighting="cosine")
+    with pytest.raises(ValueError, match=r"shift must be positive, got 0\.0"):
+        flow(shift=0.0)
+
+
+@pytest.mark.parametrize(
+    "schedule", [schedule(), flow(), flow(weighting="logit_normal")], ids=["discrete", "flow", "u"]
+)
+def test_draws_belong_to_the_sample_and_the_seed(schedule):
+    together = noise.draw([5, 6, 7], (4, 3, 2), seed=1, schedule=schedule)
+    alone = [noise.draw([n], (4, 3, 2), seed=1, schedule=schedule) for n in (7, 5, 6)]
     for field in noise.Draws._fields:
         parts = torch.cat([getattr(alone[i], field) for i in (1, 2, 0)])
         assert torch.equal(getattr(together, field), parts), field
-    other = noise.draw([5], (4, 3, 2), seed=2, num_timesteps=1000)
+    other = noise.draw([5], (4, 3, 2), seed=2, schedule=schedule)
     assert not torch.equal(other.noise, alone[1].noise)
     assert not torch.equal(together.noise, together.posterior)
 
 
 def test_draws_are_standard_normal_and_uniform():
-    made = noise.draw(range(4000), (2, 2), seed=0, num_timesteps=10)
+    made = noise.draw(range(4000), (2, 2), seed=0, schedule=schedule(num_train_timesteps=10))
     for part in (made.noise, made.posterior):
         # 16,000 numbers: six standard errors of mean and variance.
         assert abs(part.mean()) < 6 / 16000**0.5 and abs(part.var() - 1) < 6 * (2 / 16000) ** 0.5

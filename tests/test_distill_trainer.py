@@ -734,6 +734,6 @@ def test_command_that_was_stopped_says_how_to_go_on(folders, tmp_path, capsys, m
 def test_pipeline_of_another_kind_is_refused_by_name(folders, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0.42"}))
-    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline.*is a FluxPipeline"):
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline", "_diffusers_version": "0.42"}))
+    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline, FluxPipeline.*is a SanaPipeline"):
         Trainer(small(folders, tmp_path / "run", f"model.pretrained={other}"), LinFusion)

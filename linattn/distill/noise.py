@@ -17,13 +17,22 @@ _WORD = 2**64
 
 
 class NoiseSchedule(Protocol):
-    """How noise is added, and what a model that was trained with this schedule predicts."""
+    """How noise is added, and what a model that was trained with this schedule predicts.
+
+    Timesteps are what the model is told, from 0 to num_timesteps; whole numbers or not.
+    """
 
     num_timesteps: int
+
+    def timestep(self, stream: np.random.Generator) -> Tensor:
+        """One random timestep, (), by the random numbers of its sample."""
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor | None:
+        """Weight of each sample's squared errors, (B,); None: 1 for all."""
 
 
 class DiscreteSchedule:
@@ -51,6 +60,12 @@ class DiscreteSchedule:
         self._scheduler = DDPMScheduler.from_config(config)
         self.num_timesteps = self._scheduler.config.num_train_timesteps
 
+    def timestep(self, stream: np.random.Generator) -> Tensor:
+        return torch.tensor(int(stream.integers(self.num_timesteps)))
+
+    def loss_weights(self, timesteps: Tensor) -> None:
+        return None
+
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self._scheduler.add_noise(clean, noise, timesteps)
 
@@ -60,16 +75,91 @@ class DiscreteSchedule:
         return self._scheduler.get_velocity(clean, noise, timesteps)
 
 
+#: How flow matching draws its timesteps (logit_normal, mode) or weights its errors (sigma_sqrt, cosmap).
+WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+
+
+class FlowSchedule:
+    r"""Flow matching on straight lines (rectified flow), as FLUX and Stable Diffusion 3 are trained with it.
+
+        x = (1 - sigma) x_0 + sigma eps,      sigma = t / num_timesteps,      target: eps - x_0
+
+    sigma is one of u = 1/n, 2/n, ... 1 (n: num_timesteps), shifted to s u / (1 + (s - 1) u). With shift s = 1 these are
+    the values of a diffusers scheduler before it shifts them for its resolution.
+
+    Args:
+        scheduler: a flow matching scheduler of diffusers; only its number of training timesteps matters.
+        weighting: none: u uniform, all errors count alike. logit_normal, mode: u by another density. sigma_sqrt: errors
+            weighted by sigma^-2. cosmap: by 2 / (pi (1 - 2 sigma + 2 sigma^2)).
+        logit_mean, logit_std: logit_normal: u = 1 - sigmoid(z), z normal. So a positive mean draws less noise, as in
+            diffusers' own training scripts.
+        mode_scale: mode: larger ones draw more from the middle.
+        shift: see above.
+
+    Source: Esser et al. 2024, Scaling Rectified Flow Transformers (arXiv 2403.03206), section 3.1. Densities and
+    weights are those of diffusers.training_utils.
+
+    Raises:
+        ValueError: a scheduler of another kind, another weighting, a shift that is not positive.
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        *,
+        weighting: str = "none",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+        shift: float = 1.0,
+    ):
+        if not hasattr(scheduler, "scale_noise"):
+            raise ValueError(f"expected a flow matching scheduler, got a {type(scheduler).__name__}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        if not shift > 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        self.num_timesteps = scheduler.config.num_train_timesteps
+        self.weighting, self.shift = weighting, shift
+        self._density = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
+
+    def timestep(self, stream: np.random.Generator) -> Tensor:
+        from diffusers.training_utils import compute_density_for_timestep_sampling
+
+        generator = torch.Generator().manual_seed(int(stream.integers(2**63)))
+        drawn = compute_density_for_timestep_sampling(self.weighting, 1, **self._density, generator=generator)
+        n = self.num_timesteps
+        steps = n - min(int(drawn.item() * n), n - 1)  # the tables of diffusers begin with the noisiest; `mode` draws 1
+        return torch.tensor(n * self.shift * steps / (n + (self.shift - 1) * steps), dtype=torch.float32)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigma = self._sigma(timesteps).view(-1, *[1] * (clean.ndim - 1))
+        return (1 - sigma) * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - clean
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor | None:
+        from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+        if self.weighting not in ("sigma_sqrt", "cosmap"):
+            return None
+        return compute_loss_weighting_for_sd3(self.weighting, self._sigma(timesteps))
+
+    def _sigma(self, timesteps: Tensor) -> Tensor:
+        return timesteps / self.num_timesteps
+
+
 class Draws(NamedTuple):
     """Everything random about one step of a batch: posterior (B, C, h, w) and noise (B, C, h, w) standard normal,
-    float32; timesteps (B,) int64, uniform."""
+    float32; timesteps (B,), as the schedule draws them."""
 
     posterior: Tensor
     noise: Tensor
     timesteps: Tensor
 
 
-def draw(numbers: Sequence[int], shape: Sequence[int], *, seed: int, num_timesteps: int) -> Draws:
+def draw(numbers: Sequence[int], shape: Sequence[int], *, seed: int, schedule: NoiseSchedule) -> Draws:
     """Random numbers of the samples with these running numbers, on the CPU.
 
     Args:
@@ -81,7 +171,7 @@ def draw(numbers: Sequence[int], shape: Sequence[int], *, seed: int, num_timeste
     for number in numbers:
         # A counter-based generator: its key is all there is to set up, and different keys are independent streams.
         stream = np.random.Generator(np.random.Philox(key=[seed % _WORD, int(number)]))
-        timestep = int(stream.integers(num_timesteps))
+        timestep = schedule.timestep(stream)
         noise, posterior = (torch.from_numpy(stream.standard_normal(tuple(shape), np.float32)) for _ in range(2))
-        rows.append((posterior, noise, torch.tensor(timestep)))
+        rows.append((posterior, noise, timestep))
     return Draws(*(torch.stack(part) for part in zip(*rows, strict=True)))

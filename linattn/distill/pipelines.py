@@ -7,19 +7,23 @@ One class per kind of pipeline, found by the class name in `model_index.json`. A
     condition = models.encode_text(captions) | models.encode_sizes(original, crop, target)
     latents = models.latents(*models.encode_image(pixels), noise)
     prediction = models.denoiser(models.model)(noisy, timesteps, condition)
+
+What a kind asks of a recipe it says by `objective` (the kind of objective that fits its noise schedule) and `multiple`
+(of how many pixels the sides of a picture are multiples).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import bundled
 from .._quiet import quiet_diffusers
-from .denoiser import Denoiser, UNetDenoiser
-from .noise import DiscreteSchedule, NoiseSchedule
+from ..evaluate import call_arguments
+from .denoiser import Denoiser, FluxDenoiser, SD3Denoiser, UNetDenoiser, unpack
+from .noise import DiscreteSchedule, FlowSchedule, NoiseSchedule
 
 
 def move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -32,6 +36,12 @@ class StableDiffusion:
 
     #: Name of the component that is distilled.
     component = "unet"
+    #: The kind of objective that fits: `objective.kind` of a recipe.
+    objective = "attention"
+    #: Sides of a picture are multiples of so many pixels.
+    multiple = 8
+    #: Tokens of the longest text encoder, where that can be chosen; None: fixed by the model.
+    text_length: int | None = None
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
@@ -39,7 +49,9 @@ class StableDiffusion:
         for part in (pipeline.components[name] for name in pipeline.components):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        self.schedule: NoiseSchedule = DiscreteSchedule(pipeline.scheduler)
+
+    def schedule(self) -> NoiseSchedule:
+        return DiscreteSchedule(self.pipeline.scheduler)
 
     @property
     def model(self) -> nn.Module:
@@ -102,20 +114,27 @@ class StableDiffusion:
         try:
             for prompt in prompts:
                 with autocast():
-                    latents = self.pipeline(
+                    latents = self._sample(
                         prompt,
                         num_inference_steps=steps,
-                        guidance_scale=guidance,
                         height=height,
                         width=width,
                         generator=torch.Generator().manual_seed(seed),
-                        output_type="latent",
-                    ).images
+                        **self._call_arguments(guidance),
+                    )
                 latents = latents.to(vae.dtype) / vae.config.scaling_factor + self._shift
                 pictures += self.pipeline.image_processor.postprocess(vae.decode(latents).sample.float())
         finally:
             self.pipeline.register_modules(**{self.component: own})
         return pictures
+
+    def _sample(self, prompt: str, **options) -> Tensor:
+        """Latents (1, c, h, w) of a picture that the pipeline draws."""
+        return self.pipeline([prompt], output_type="latent", **options).images
+
+    def _call_arguments(self, guidance: float) -> dict:
+        lengths = {} if self.text_length is None else {"max_sequence_length": self.text_length}
+        return call_arguments(self.pipeline, 1, guidance) | lengths
 
     def save_lora(self, folder, layers: dict[str, Tensor], settings: dict) -> None:
         """Write LoRA weights in the layout that `pipeline.load_lora_weights` reads.
@@ -141,18 +160,127 @@ class StableDiffusionXL(StableDiffusion):
         return {"time_ids": torch.cat([original, crop, target], dim=1).to(self._device, self.model.dtype)}
 
 
+class _FlowTransformer(StableDiffusion):
+    """What FLUX and Stable Diffusion 3 have in common: a transformer, flow matching, T5 beside CLIP."""
+
+    component = "transformer"
+    objective = "flow_attention"
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        self.text_length = call_arguments(pipeline, 1, 1.0)["max_sequence_length"]
+
+    def schedule(self, **options) -> NoiseSchedule:
+        """The flow matching schedule; options: see `FlowSchedule`."""
+        return FlowSchedule(self.pipeline.scheduler, **options)
+
+    def compared_modules(self, interval: int) -> tuple[str, ...]:
+        """Names of the attention modules whose outputs student and teacher are compared by.
+
+        Args:
+            interval: every how many blocks.
+
+        Raises:
+            ValueError: there is no such module.
+        """
+        names = tuple(self._compared_modules(interval))
+        if not names:
+            raise ValueError(
+                f"objective.feature_interval: {interval} leaves no attention module of this model to compare; choose a "
+                "smaller one, or set objective.weights.feature to 0"
+            )
+        return names
+
+    def _compared_modules(self, interval: int) -> Iterator[str]:
+        raise NotImplementedError
+
+
+class Flux(_FlowTransformer):
+    """FLUX.1 (dev, schnell): double and single blocks, CLIP's pooled embedding, T5's tokens, latents packed 2 x 2."""
+
+    @property
+    def multiple(self) -> int:
+        return 2 * self.pipeline.vae_scale_factor
+
+    def denoiser(self, model: nn.Module, guidance: float = 3.5) -> Denoiser:
+        return FluxDenoiser(model, guidance=guidance, num_timesteps=self.pipeline.scheduler.config.num_train_timesteps)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            list(captions), device=self._device, max_sequence_length=self.text_length
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def _compared_modules(self, interval: int) -> Iterator[str]:
+        # As CLEAR's training has it: counted over all blocks, the double ones first, and of the single ones only (whose
+        # attention has no output projection, so these are raw outputs of text and image together).
+        double = len(self.model.transformer_blocks)
+        for place in range(len(self.model.single_transformer_blocks)):
+            if (double + place) % interval == 0:
+                yield f"single_transformer_blocks.{place}.attn"
+
+    def _sample(self, prompt: str, *, height, width, **options) -> Tensor:
+        pipeline = self.pipeline
+        height, width = (side or pipeline.default_sample_size * pipeline.vae_scale_factor for side in (height, width))
+        tokens = super()._sample(prompt, height=height, width=width, **options)
+        return unpack(tokens, height // self.multiple, width // self.multiple)
+
+
+class StableDiffusion3(_FlowTransformer):
+    """Stable Diffusion 3 and 3.5: joint blocks, two CLIP encoders, and T5 where it is loaded."""
+
+    @property
+    def multiple(self) -> int:
+        return self.model.config.patch_size * self.pipeline.vae_scale_factor
+
+    def denoiser(self, model: nn.Module, guidance: float | None = None) -> Denoiser:
+        """Guidance is ignored: no Stable Diffusion 3 is told one."""
+        return SD3Denoiser(model)
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(captions),
+            None,
+            None,
+            device=self._device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_length,
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def _compared_modules(self, interval: int) -> Iterator[str]:
+        # The authors of CLEAR have not published how they train SD3; this is ours. All blocks are joint ones, so all
+        # count, with every attention that is replaced in them; but for the last, whose text output nobody reads.
+        for place, block in enumerate(self.model.transformer_blocks):
+            if place % interval == 0 and not block.context_pre_only:
+                yield f"transformer_blocks.{place}.attn"
+                if block.attn2 is not None:
+                    yield f"transformer_blocks.{place}.attn2"
+
+
 #: Class names of pipelines in `model_index.json` -> how to use them.
-KINDS = {
+KINDS: dict[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "FluxPipeline": Flux,
+    "StableDiffusion3Pipeline": StableDiffusion3,
 }
 
 
-def load(name_or_path: str, *, revision: str | None = None, variant: str | None = None) -> StableDiffusion:
+def load(
+    name_or_path: str, *, revision: str | None = None, variant: str | None = None, text_length: int | None = None
+) -> StableDiffusion:
     """Load a text-to-image pipeline in float32, safetensors only, without the parts that training has no use for.
 
+    Args:
+        text_length: tokens that T5 sees of a caption; None: as many as its tokenizer says, at most the pipeline's
+            default (FLUX: 512, Stable Diffusion 3: 256).
+
     Raises:
-        ValueError: not a pipeline that can be distilled; the message lists those that can.
+        ValueError: not a pipeline that can be distilled; the message lists those that can. Or text_length for one
+            whose text encoder leaves no choice.
         OSError: nothing is there, only pickles are, or no network; diffusers' message says what was looked for.
     """
     from diffusers import DiffusionPipeline
@@ -166,9 +294,16 @@ def load(name_or_path: str, *, revision: str | None = None, variant: str | None 
             f"model.pretrained: expected a pipeline of one of {', '.join(KINDS)}; {name_or_path!r} is a "
             f"{config.get('_class_name')}"
         )
+    if text_length is not None and not issubclass(kind, _FlowTransformer):
+        raise ValueError(
+            f"model.text_length: expected null for a {config['_class_name']}, whose text encoder has one length; got "
+            f"{text_length}"
+        )
     without = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in config}
     if "safety_checker" in config:
         without["requires_safety_checker"] = False
     with quiet_diffusers():  # it warns that the safety checker is off, which matters where pictures are served
         pipeline = DiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True, **without, **options)
-    return kind(pipeline)
+    models = kind(pipeline)
+    models.text_length = text_length or models.text_length
+    return models

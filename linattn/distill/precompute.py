@@ -30,7 +30,8 @@ def fill_caches(
     text = latents = None
     if wanted.text:
         encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-        text = Cache(folder / "text", {"weights": digest(encoders)})
+        length = {} if models.text_length is None else {"length": models.text_length}
+        text = Cache(folder / "text", {"weights": digest(encoders), **length})
         for caption in _share(text.missing(list(captions(source, data))), "encoding captions", accelerator):
             encoded = models.encode_text([caption])
             text.put(caption, {name: value[0].cpu() for name, value in encoded.items()})

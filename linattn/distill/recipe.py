@@ -27,6 +27,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainValidator,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -127,6 +128,8 @@ class Model(Section):
     pretrained: Text  # name on the Hugging Face Hub, or folder, of a diffusers pipeline
     revision: Text | None = None
     variant: Text | None = None  # such as fp16
+    # Tokens of a caption that T5 sees (FLUX, SD3); None: as its tokenizer says, at most 512 and 256.
+    text_length: Annotated[int, Field(ge=1, le=512)] | None = None
 
 
 class Lora(Section):
@@ -175,13 +178,29 @@ class AttentionObjective(Section):
             yield "features", "expected the name of a module, since weights.feature is not 0; got []"
 
 
+class FlowAttentionObjective(Section):
+    """Attention distillation of a model that is trained by flow matching (FLUX, SD3); L_noise is its own loss."""
+
+    kind: Literal["flow_attention"] = "flow_attention"
+    weights: AttentionWeights = Field(default_factory=AttentionWeights)
+    feature_interval: Count = 4  # the attention of every how many blocks is compared; FLUX: of single blocks only
+    guidance: NotNegative = 3.5  # that the model is told, if it was distilled to be told one (FLUX.1-dev)
+    # How the noise level is drawn (logit_normal, mode) or its errors are weighted (sigma_sqrt, cosmap).
+    weighting: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    logit_mean: Number = 0.0
+    logit_std: Positive = 1.0
+    mode_scale: Number = 1.29
+    shift: Positive = 1.0  # of the noise levels; 1: uniform, above: more noise
+
+
 def _kind(value: object) -> object:
     return value.get("kind", "attention") if isinstance(value, dict) else getattr(value, "kind", "attention")
 
 
-# With another one (pydantic wants two for a union): Annotated[Annotated[AttentionObjective, Tag("attention")] |
-# Annotated[OtherObjective, Tag("other")], Discriminator(_kind)].
-Objective = AttentionObjective
+Objective = Annotated[
+    Annotated[AttentionObjective, Tag("attention")] | Annotated[FlowAttentionObjective, Tag("flow_attention")],
+    Discriminator(_kind),
+]
 
 
 class CacheSettings(Section):
@@ -230,13 +249,28 @@ class Data(Section):
             yield "bucket_step", f"expected at most data.resolution ({self.resolution}), got {self.bucket_step}"
 
 
+class Prodigy(Section):
+    """What `training.optimizer: prodigy` has beside AdamW; see the package prodigyopt."""
+
+    beta3: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] | None = (
+        None  # None: the square root of the second beta
+    )
+    decouple: bool = True  # weight decay as in AdamW
+    bias_correction: bool = True
+    safeguard_warmup: bool = True
+    d_coef: Positive = 1.0
+    slice_p: Count = 1  # learn the step from every how many numbers: 11 saves almost two of its four moments
+
+
 class Training(Section):
     """Optimisation. The learning rate schedules are those of `diffusers.optimization.get_scheduler`."""
 
     steps: Count  # of the optimizer
     batch_size: Count  # per process and micro step
     gradient_accumulation: Count = 1
-    learning_rate: Positive
+    optimizer: Literal["adamw", "prodigy"] = "adamw"
+    learning_rate: Positive  # prodigy finds its own: 1.0
+    prodigy: Prodigy = Field(default_factory=Prodigy)
     betas: Annotated[tuple[Number, Number], BeforeValidator(_tuple)] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.0
@@ -396,11 +430,15 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, type[Section], str]]:
-    """Every key of the schema: (dotted key, the section that holds it, its name there)."""
+    """Every key of the schema, once: (dotted key, a section that holds it, its name there)."""
     for name, field in section.model_fields.items():
         yield prefix + name, section, name
+        seen = set()  # the members of a union share keys
         for member in _sections(field.annotation):
-            yield from keys(member, f"{prefix}{name}.")
+            for key in keys(member, f"{prefix}{name}."):
+                if key[0] not in seen:
+                    seen.add(key[0])
+                    yield key
 
 
 def _find(path_or_name: str | Path) -> Path:
@@ -572,6 +610,9 @@ def _suggest(parts: list[str], holder: type[Section] | None) -> str:
     if holder is None:
         return "no keys are expected here"
     prefix = "".join(f"{part}." for part in parts[:-1])
+    elsewhere = next((section for key, section, _ in keys() if key == ".".join(parts)), None)
+    if elsewhere is not None:
+        return f"expected only beside {prefix}kind: {elsewhere.model_fields['kind'].default}"
     close = _close(parts[-1], list(holder.model_fields))
     candidates = [f"{prefix}{close}"] if close else []
     candidates += [key for key, _, name in keys() if name == parts[-1]]

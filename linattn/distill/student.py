@@ -28,7 +28,8 @@ class Student:
     Args:
         teacher: the network; left as it is, frozen.
         adapter_class: has `construct_for(model, *, load_pretrained=..., pretrained_model_name_or_path=..., **options)`,
-            which mounts; `modules_dict` (name in the model -> mounted module), `config`, `save_pretrained`.
+            which mounts; `modules_dict` (name in the model -> mounted module), `config`, `save_pretrained`. May have
+            `trainable_parameters()` (name -> parameter), if these are not all that its modules hold.
         pretrained: weights of the adapter to start from; None: what the adapter makes of the teacher's own.
         options: for `construct_for`.
         share: one copy of the frozen weights for both.
@@ -52,10 +53,28 @@ class Student:
         self.adapter = adapter_class.construct_for(self.model, **start, **(options or {}))
         self.modules: dict[str, nn.Module] = dict(self.adapter.modules_dict)
         self.lora = False
+        if self._names_its_own:
+            self._separate(teacher)
 
     def train_fully(self) -> None:
-        """Train every parameter of the adapter."""
-        self._only(p for module in self.modules.values() for p in module.parameters())
+        """Train every parameter of the adapter, or those that it names."""
+        if self._names_its_own:
+            self._only(self.adapter.trainable_parameters().values())
+        else:
+            self._only(p for module in self.modules.values() for p in module.parameters())
+
+    @property
+    def _names_its_own(self) -> bool:
+        return hasattr(self.adapter, "trainable_parameters")
+
+    def _separate(self, teacher: nn.Module) -> None:
+        """Give the student copies of what it trains and an adapter has left in the teacher's hands as well."""
+        shared = {id(p) for p in teacher.parameters()}
+        wanted = {id(p) for p in self.adapter.trainable_parameters().values()} & shared
+        for module in self.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in wanted:
+                    setattr(module, name, nn.Parameter(parameter.detach().clone()))
 
     def train_lora(
         self, *, rank: int, alpha: float, dropout: float, targets: Iterable[str], also_train: Iterable[str]
@@ -103,9 +122,13 @@ class Student:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def widen(self) -> None:
-        """The adapter's modules to float32: an optimizer's small steps are lost in 16 bits."""
-        for module in self.modules.values():
-            module.to(torch.float32)
+        """The adapter's own parameters to float32: an optimizer's small steps are lost in 16 bits."""
+        if self._names_its_own:  # the others in its modules may be the teacher's
+            for parameter in (*self.adapter.trainable_parameters().values(), *self.trainable().values()):
+                parameter.data = parameter.data.float()
+        else:
+            for module in self.modules.values():
+                module.to(torch.float32)
 
     def save(self, folder: Path, models) -> None:
         """Write the adapter as users load it: `folder`/config.json and safetensors, any low-rank updates merged in.

@@ -12,6 +12,8 @@ noise as one process that accumulates twice as many micro steps.
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -72,8 +74,12 @@ class Trainer:
         self.source = open_source(recipe.data)
         self.order = Order.of(self.source, recipe.data, recipe.training.batch_size, recipe.training.seed)
         self.models = pipelines.load(
-            recipe.model.pretrained, revision=recipe.model.revision, variant=recipe.model.variant
+            recipe.model.pretrained,
+            revision=recipe.model.revision,
+            variant=recipe.model.variant,
+            text_length=recipe.model.text_length,
         )
+        self._refuse_what_the_model_cannot_do()
         self._adapter_class = adapter_class
         self.student = self._make_student()
         self.objective = self._make_objective()
@@ -97,6 +103,31 @@ class Trainer:
         if self._sharded and self.recipe.training.ema_decay is not None:
             value = self.recipe.training.ema_decay
             problems.append(f"training.ema_decay: expected null with FSDP or DeepSpeed, got {value}")
+        if self.accelerator.distributed_type.value == "FSDP" and self.recipe.training.optimizer == "prodigy":
+            problems.append(
+                "training.optimizer: expected adamw with FSDP (prodigy learns one step from all gradients, and each "
+                "process would see its own pieces), got 'prodigy'"
+            )
+        if problems:
+            raise RecipeError("recipe", problems)
+
+    def _refuse_what_the_model_cannot_do(self) -> None:
+        problems, models, data = [], self.models, self.recipe.data
+        name = type(models.pipeline).__name__
+        if self.recipe.objective.kind != models.objective:
+            problems.append(
+                f"objective.kind: expected '{models.objective}' for a {name} ({self.recipe.model.pretrained!r}), got "
+                f"'{self.recipe.objective.kind}'"
+            )
+        validation = self.recipe.output.validation
+        sides = {"data.resolution": data.resolution}
+        if data.resize == "buckets":
+            sides = {"data.bucket_step": data.bucket_step}
+        if validation.prompts:
+            sides |= {f"output.validation.{side}": getattr(validation, side) for side in ("height", "width")}
+        for key, value in sides.items():
+            if value is not None and value % models.multiple:
+                problems.append(f"{key}: expected a multiple of {models.multiple} for a {name}, got {value}")
         if problems:
             raise RecipeError("recipe", problems)
 
@@ -151,13 +182,20 @@ class Trainer:
         return student
 
     def _make_objective(self) -> nn.Module:
-        wanted = self.recipe.objective
+        wanted, models = self.recipe.objective, self.models
+        if wanted.kind == "flow_attention":
+            names = ("weighting", "logit_mean", "logit_std", "mode_scale", "shift")
+            self.schedule = models.schedule(**{name: getattr(wanted, name) for name in names})
+            denoiser = functools.partial(models.denoiser, guidance=wanted.guidance)
+            features = models.compared_modules(wanted.feature_interval) if wanted.weights.feature else ()
+        else:
+            self.schedule, denoiser, features = models.schedule(), models.denoiser, wanted.features
         return AttentionDistillation(
-            self.models.denoiser(self.student.model),
-            self.models.denoiser(self.models.model),
-            self.models.schedule,
+            denoiser(self.student.model),
+            denoiser(models.model),
+            self.schedule,
             weights=wanted.weights.model_dump(),
-            features=wanted.features,
+            features=features,
         )
 
     def plan(self) -> str:
@@ -183,6 +221,25 @@ class Trainer:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> Path:
+        """Fill the caches that the recipe asks for, and train nothing; returns their folder.
+
+        Raises:
+            RecipeError: it asks for none.
+        """
+        wanted = self.recipe.data.cache
+        if not (wanted.text or wanted.latents):
+            raise RecipeError(
+                "recipe", ["data.cache: expected text: true, latents: true or both, to prepare; got neither"]
+            )
+        self._fill_caches()
+        return Path(expand(wanted.folder)) if wanted.folder else self.folder / "cache"
+
+    def _fill_caches(self):
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return fill_caches(self.recipe, self.models, self.source, self.folder, self.accelerator)
+
     def run(self) -> Path:
         """Train to the last step; returns the folder of the final weights, as users load them.
 
@@ -199,7 +256,7 @@ class Trainer:
             checkpoint.remove_partial(self.folder)
             checkpoint.write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         accelerator.wait_for_everyone()
-        text_cache, latent_cache = fill_caches(self.recipe, self.models, self.source, self.folder, accelerator)
+        text_cache, latent_cache = self._fill_caches()
 
         objective, optimizer, schedule = self._prepare()
         self._average = self._make_average()
@@ -296,7 +353,7 @@ class Trainer:
             batch["number"].tolist(),
             mean.shape[1:],
             seed=self.recipe.training.seed,
-            num_timesteps=self.models.schedule.num_timesteps,
+            schedule=self.schedule,
         )
         if "condition" in batch:
             dtype = self.models.model.dtype
@@ -315,13 +372,7 @@ class Trainer:
         from diffusers.optimization import get_scheduler
 
         training = self.recipe.training
-        optimizer = torch.optim.AdamW(
-            list(self.trainable.values()),
-            lr=training.learning_rate,
-            betas=training.betas,
-            eps=training.epsilon,
-            weight_decay=training.weight_decay,
-        )
+        optimizer = _optimizer(list(self.trainable.values()), training)
         # Stepped by us, once per optimizer step: Accelerate's wrapper would step it once per process.
         schedule = get_scheduler(
             training.lr_schedule,
@@ -487,11 +538,40 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
+def _optimizer(parameters: list[nn.Parameter], training) -> torch.optim.Optimizer:
+    """The optimizer of a recipe's `training` section."""
+    common = {
+        "lr": training.learning_rate,
+        "betas": training.betas,
+        "eps": training.epsilon,
+        "weight_decay": training.weight_decay,
+    }
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common)
+    Prodigy = _prodigy()
+    own = training.prodigy.model_dump()
+    own["use_bias_correction"] = own.pop("bias_correction")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decouples
+        return Prodigy(parameters, **common, **own)
+
+
+def _prodigy() -> type:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise ImportError(
+            "training.optimizer: prodigyopt is not installed: pip install 'linattn[train]', or set it to adamw"
+        ) from None
+    return Prodigy
+
+
 def _accelerator(recipe: Recipe, folder: Path):
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
     training = recipe.training
+    if training.optimizer == "prodigy":
+        _prodigy()  # told before a model is loaded
     if recipe.output.log_with == "tensorboard":
         try:
             import tensorboard  # noqa: F401

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 METADATA = "metadata.jsonl"
+PROMPT = "prompt"  # the key of a caption in a JSON file beside its picture
 _HEADER = 1 << 16  # bytes that hold the size of nearly every picture
 _log = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ def open_source(data: Data) -> Source:
 
     `images`: every png, jpg, jpeg and webp below the folder, in the order of their paths. Captions stand in
     `metadata.jsonl` (one object a line: `data.image_key`, by default "file_name", relative to the file, and
-    `data.caption_key`, by default "text"), in the folder or in those below; else in a text file beside the picture
-    (`a/b.png`, `a/b.txt`). Names that begin with a dot are passed over.
+    `data.caption_key`, by default "text"), in the folder or in those below; else in a file beside the picture: text
+    (`a/b.png`, `a/b.txt`), or JSON (`a/b.json`) under `data.caption_key`, by default "prompt", which goes before text
+    where that key is given. Names that begin with a dot are passed over.
 
     `webdataset`: members of a tar with the same name up to the first dot are one sample. `data.image_key` is the rest
     of the name of the picture's member ("jpg", "left.png"), by default the only one that is an image. The caption is
@@ -135,17 +137,31 @@ class ImageFolder:
         tables = [name for name in names if name.rpartition("/")[2] == METADATA]
         for table in tables:
             self._read_table(table, image_key or "file_name", caption_key or "text")
-        if not tables and (image_key or caption_key):
-            option = "data.image_key" if image_key else "data.caption_key"
-            raise DataError(f"{option}: names a key of {METADATA}; expected such a file below {path!r}, found none")
+        if not tables and image_key:
+            raise DataError(
+                f"data.image_key: names a key of {METADATA}; expected such a file below {path!r}, found none"
+            )
         self._names = sorted({name for name in names if _is_image(name)} | set(self._listed))
         if not self._names:
             raise DataError(f"data.path: expected images ({', '.join(IMAGES)}) below {path!r}, found none")
-        bare = [n for n in self._names if n not in self._listed and _beside(n) not in known]
+        self._caption_key = caption_key or PROMPT
+        kinds = ("json", "txt") if caption_key and not tables else ("txt", "json")
+        self._beside = {
+            name: next((file for file in (_beside(name, kind) for kind in kinds) if file in known), None)
+            for name in self._names
+            if name not in self._listed
+        }
+        bare = [name for name, file in self._beside.items() if file is None]
         if bare:
             raise DataError(
-                f"{self.root / bare[0]}: expected a caption in {_beside(bare[0])!r} or {METADATA}, found none "
+                f"{self.root / bare[0]}: expected a caption in {_beside(bare[0], 'txt')!r}, "
+                f"{_beside(bare[0], 'json')!r} or {METADATA}, found none "
                 f"({len(bare)} of {len(self._names)} images have none)"
+            )
+        if caption_key and not tables and not any(file.endswith(".json") for file in self._beside.values()):
+            raise DataError(
+                f"data.caption_key: names a key of {METADATA}, or of JSON files beside the images; expected such below "
+                f"{path!r}, found none"
             )
 
     def _walk(self) -> Iterable[str]:
@@ -195,12 +211,15 @@ class ImageFolder:
         name = self._names[index]
         if name in self._listed:
             return self._listed[name]
-        path = self.root / _beside(name)
-        return _text(path.read_bytes(), str(path)).strip()
+        path = self.root / self._beside[name]
+        content = _text(path.read_bytes(), str(path))
+        if path.suffix == ".json":
+            content = _entry(_json(content, str(path)), self._caption_key, str(path), "data.caption_key")
+        return content.strip()
 
 
-def _beside(name: str) -> str:
-    return f"{name.rpartition('.')[0]}.txt"
+def _beside(name: str, kind: str) -> str:
+    return f"{name.rpartition('.')[0]}.{kind}"
 
 
 def _file_stamp(path: Path) -> str:

@@ -4,9 +4,12 @@
 
 s, t: predictions of student and teacher on the same noisy sample; s_l, t_l: outputs of the replaced attention modules
 number l (after their output projection, before the residual), the teacher's on its own path. All means over all
-elements, in float32. LinFusion trains with weights 1, 0.5, 0.5.
+elements, in float32. LinFusion and CLEAR train with weights 1, 0.5, 0.5.
 
-Source: LinFusion (arXiv 2409.02097), section 3.3; CLEAR (arXiv 2412.16112) uses the same form with other features.
+What differs between models is told by others: the noise schedule knows the target (noise, velocity, or noise - x_0) and
+may weight the samples of the first two losses; the kind of pipeline knows which modules are compared.
+
+Source: LinFusion (arXiv 2409.02097), section 3.3; CLEAR (arXiv 2412.16112).
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ def attention_losses(
     student_features: Mapping[str, Tensor] | None = None,
     teacher_features: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, float] = WEIGHTS,
+    sample_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The losses of this page: {"loss": their weighted sum, "noise": ..., "prediction": ..., "feature": ...}.
 
@@ -49,17 +53,24 @@ def attention_losses(
         student, teacher, target: (B, ...) predictions and what the noise schedule asks for.
         student_features, teacher_features: outputs by layer name; None leaves the feature loss out.
         weights: of noise, prediction and feature; a loss of weight 0 is reported but not part of the sum.
+        sample_weights: (B,), on the squared errors of the predictions, not of the features; None: 1.
     """
-    losses = {"noise": _mse(student, target), "prediction": _mse(student, teacher)}
+    losses = {
+        "noise": _mse(student, target, sample_weights),
+        "prediction": _mse(student, teacher, sample_weights),
+    }
     if student_features is not None:
         losses["feature"] = feature_loss(student_features, teacher_features)
     total = sum(weights[name] * value for name, value in losses.items() if weights[name])
     return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
 
-def _mse(a: Tensor, b: Tensor) -> Tensor:
+def _mse(a: Tensor, b: Tensor, sample_weights: Tensor | None = None) -> Tensor:
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return F.mse_loss(a.to(wide), b.detach().to(wide))
+    a, b = a.to(wide), b.detach().to(wide)
+    if sample_weights is None:
+        return F.mse_loss(a, b)
+    return (sample_weights.to(a).view(-1, *[1] * (a.ndim - 1)) * (a - b) ** 2).mean()
 
 
 class AttentionDistillation(nn.Module):
@@ -68,7 +79,7 @@ class AttentionDistillation(nn.Module):
     Args:
         student: `Denoiser` (a Module) that is trained.
         teacher: `Denoiser` that is not; not registered here, so that it is neither trained nor synchronised nor saved.
-        features: last parts of the names of the modules whose outputs are matched.
+        features: names of the modules whose outputs are matched, or last parts of names.
     """
 
     def __init__(
@@ -93,11 +104,12 @@ class AttentionDistillation(nn.Module):
         teacher, schedule = self._frozen
         noisy = schedule.add_noise(latents, noise, timesteps)
         target = schedule.target(latents, noise, timesteps)
+        weighting = schedule.loss_weights(timesteps)
         inputs = (noisy, timesteps, condition)
         with torch.no_grad():
             predicted_by_teacher, wanted = self._run(teacher, inputs)
         predicted, made = self._run(self.student, inputs)
-        return attention_losses(predicted, predicted_by_teacher, target, made, wanted, self.weights)
+        return attention_losses(predicted, predicted_by_teacher, target, made, wanted, self.weights, weighting)
 
     def _run(self, denoiser, inputs):
         if not self.features:
