@@ -186,9 +186,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """Start at `timesteps[begin_index]`, as img2img and inpainting do for strength < 1, or at a window beside it.
 
         The noise that is added to a picture lies on the student's path at the starts of windows only. So the timesteps
-        from begin_index on are laid out anew from the nearest start of a window (of two, the less noisy) that leaves a
-        step to each window; their number stays. Pipelines take a slice of `timesteps` before they call this: the
-        new ones are written in place, into that slice. A pipeline that made a copy gets an error from `step`.
+        from begin_index on are laid out anew from the nearest start of a window (of two, the less noisy); their number
+        stays. Pipelines take a slice of `timesteps` before they call this: the new ones are written in place, into that
+        slice. A pipeline that made a copy gets an error from `step`.
         """
         if not 0 <= begin_index <= len(self._points):
             raise ValueError(f"begin_index must be between 0 and {len(self._points)}, got {begin_index}")
@@ -197,9 +197,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         # At 0 nothing was left out: the first timestep is what the caller asked for.
         if begin_index == 0 or not rest or rest[0] in self.window_starts:
             return
-        allowed = self._bounds[:-1][-len(rest) :].tolist()
+        # Either start beside rest[0] will do: the starts that follow it are among the rest, so each window gets a step.
+        starts = self._bounds[:-1].tolist()
         wanted = rest[0] / self.config.num_train_timesteps
-        start = min(reversed(allowed), key=lambda bound: abs(bound - wanted) - piecewise.TOLERANCE * (bound < wanted))
+        start = min(starts, key=lambda bound: (round(abs(bound - wanted), 6), bound))
         snapped = torch.from_numpy(self._grid(start, len(rest)))
         self.timesteps[begin_index:] = snapped.to(self.timesteps)
         self._points = self.timesteps.tolist()
