@@ -541,20 +541,26 @@ def test_element_offsets_beyond_2_to_the_31_reach_the_right_tokens(tmp_path, bac
     assert_same_bits(far, expected)
 
 
-def test_the_definition_holds_a_bounded_number_of_scores_at_a_time(monkeypatch):
-    case, largest, score = Case(height=24, width=24, block=4, h=2), [], reference._slot_scores
+@pytest.mark.parametrize("block", [1, 4, 12])
+def test_the_definition_holds_a_bounded_number_of_scores_and_of_gathered_keys_at_a_time(block, monkeypatch):
+    case, scores, keys, score = Case(height=24, width=24, block=block, h=2), [], [], reference._slot_scores
 
-    def watched(*arguments):
-        scores = score(*arguments)
-        largest.append(scores.numel())
-        return scores
+    def watched(q, k, slot_embed, visit):
+        result = score(q, k, slot_embed, visit)
+        scores.append(result.numel())
+        keys.append(visit.keys.numel() * case.h * case.d)
+        return result
 
     monkeypatch.setattr(reference, "_slot_scores", watched)
-    for at_once in (2**16, 5000, 2000, 130):
+    at_least = 4 * block**2 * case.h  # what one query and the keys of one block take
+    for at_once in (2**16, 5000, 2000):
         monkeypatch.setattr(reference, "_SCORES_AT_ONCE", at_once)
-        largest.clear()
+        scores.clear(), keys.clear()
         reference.block_causal_attention(**case.tensors(), **case.options)
-        assert 0.2 * at_once < max(largest) <= at_once
+        assert max(scores) <= max(at_once, at_least)
+        assert max(keys) <= max(at_once, at_least * case.d)
+        # No less than it may be: small parts take time.
+        assert max(max(scores), max(keys)) > 0.2 * at_once
 
 
 # ------------------------------------------------------------------------------------- hard numbers
