@@ -1,5 +1,6 @@
 """The trainer: what it trains, that it can be killed at any moment, that processes share a run, what it writes."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -31,9 +32,10 @@ from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from linattn.adapters import LinFusion
+from linattn.adapters import CLEAR, LinFusion
 from linattn.cli import main
-from linattn.distill import checkpoint, recipe
+from linattn.cli.distill import resolve
+from linattn.distill import checkpoint, pipelines, recipe
 from linattn.distill.student import merged_state_dict
 from linattn.distill.trainer import Interrupted, Trainer
 
@@ -42,6 +44,8 @@ FAMILIES = {
     "linfusion_sd21": "sd21",
     "linfusion_sdxl": "sdxl",
     "linfusion_tiny_sd": "sd15",
+    "clear": "flux",
+    "clear_tiny_flux": "flux-schnell",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -67,7 +71,7 @@ def reset_accelerator():
 def folders(tmp_path_factory):
     """Saved tiny pipelines by family, and "pictures": a folder of 11 pictures with captions."""
     root = tmp_path_factory.mktemp("distill")
-    for family in ("sd15", "sd21", "sdxl"):
+    for family in {*FAMILIES.values(), "sd35"}:
         tiny_pipeline(family).save_pretrained(root / family)
     pictures = root / "pictures"
     pictures.mkdir()
@@ -93,18 +97,25 @@ SMALL = (
     "output.log_with=null",
     "output.validation.prompts=[]",
 )
+#: Beside these, by family. Of the 8 x 8 tokens the window of `clear` would hold all; Prodigy finds its own step.
+SMALL_FLUX = {
+    "clear": ("model.text_length=12", "student.options.window_size=3", "training.learning_rate=1"),
+    "clear_tiny_flux": ("model.text_length=12",),
+}
 
 
 def small(folders, out, *overrides, name="linfusion_sd15"):
     places = (f"model.pretrained={folders / FAMILIES[name]}", f"data.path={folders / 'pictures'}")
     precision = () if any("mixed_precision" in o for o in overrides) else ("training.mixed_precision=no",)
-    return recipe.load(name, [*SMALL, *places, f"output.folder={out}", *precision, *overrides])
+    settings = [*SMALL, *SMALL_FLUX.get(name, ()), *places, f"output.folder={out}", *precision, *overrides]
+    return recipe.load(name, settings)
 
 
 def train(folders, out, *overrides, **options):
     """A whole run from its recipe; returns the trainer, whose `final` is the folder of the result."""
     reset_accelerator()
-    trainer = Trainer(small(folders, out, *overrides, **options), LinFusion, say=lambda _: None)
+    wanted = small(folders, out, *overrides, **options)
+    trainer = Trainer(wanted, resolve(wanted.student.adapter), say=lambda _: None)
     trainer.final = trainer.run()
     return trainer
 
@@ -124,7 +135,7 @@ def assert_same_weights(a, b):
 
 
 def test_every_shipped_recipe_is_run_here():
-    assert set(FAMILIES) == {name for name in recipe.shipped() if name.startswith("linfusion")}
+    assert set(FAMILIES) == {name for name in recipe.shipped() if name.startswith(("linfusion", "clear"))}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,17 +147,17 @@ def test_shipped_recipe_moves_the_adapter_and_nothing_else(folders, tmp_path, na
     trainer = train(folders, tmp_path / "run", *overrides, name=name)
     narrow = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        part = stock.components.get(component)
-        if part is not None:
-            after = trainer.models.pipeline.components[component].state_dict()
-            for key, value in part.state_dict().items():
-                assert torch.equal(after[key], value.to(after[key].dtype)), f"{component}.{key} moved"
-    adapter_parts = tuple(f"{module}." for module in trainer.student.modules)
+    for name, part in trainer.models.pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            after = part.state_dict()
+            for key, value in stock.components[name].state_dict().items():
+                assert torch.equal(after[key], value.to(after[key].dtype)), f"{name}.{key} moved"
+    teacher = getattr(stock, trainer.models.component).state_dict()
     for key, value in trainer.student.model.state_dict().items():
-        if not key.startswith(adapter_parts):
-            assert torch.equal(value, stock.unet.state_dict()[key].to(narrow)), f"{key} moved"
-    started = LinFusion.construct_for(stock, load_pretrained=False, **trainer.recipe.student.options)
+        if key not in trainer.trainable:
+            assert torch.equal(value, teacher[key].to(narrow)), f"{key} moved"
+    adapter_class = resolve(trainer.recipe.student.adapter)
+    started = adapter_class.construct_for(stock, load_pretrained=False, **trainer.recipe.student.options)
     before, after = started.state_dict(), final_weights(tmp_path / "run")
     assert before.keys() == after.keys()
     # The first layers of a branch only learn once its last one, which starts at zero, has left zero: step two.
@@ -155,7 +166,7 @@ def test_shipped_recipe_moves_the_adapter_and_nothing_else(folders, tmp_path, na
     assert all(value.dtype == torch.float32 for value in after.values()), "trained in float32 whatever the rest is"
 
     started.unmount()
-    loaded = LinFusion.construct_for(stock, pretrained_model_name_or_path=trainer.final)
+    loaded = adapter_class.construct_for(stock, pretrained_model_name_or_path=trainer.final)
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, after[key])
 
@@ -214,18 +225,27 @@ KILLED = {
         "student.lora.dropout=0.4",
         "output.checkpoint_every=3",
     ],
+    "flux, pooled keys, prodigy": [
+        "training.steps=8",
+        "training.optimizer=prodigy",
+        "training.learning_rate=1",
+        "student.options.down_factor=2",
+        "objective.weighting=logit_normal",
+        "output.checkpoint_every=2",
+    ],
 }
 
 
 @pytest.mark.parametrize("case", KILLED)
 def test_run_killed_at_random_moments_ends_in_the_same_bits(folders, tmp_path, case):
     overrides = KILLED[case]
+    run = functools.partial(train, name="clear_tiny_flux" if case.startswith("flux") else "linfusion_sd15")
     started = time.monotonic()
-    train(folders, tmp_path / "whole", *overrides)
+    run(folders, tmp_path / "whole", *overrides)
     duration = time.monotonic() - started
     killed = 0
     for attempt in range(30):
-        child = in_child(train, folders, tmp_path / "killed", *overrides)
+        child = in_child(run, folders, tmp_path / "killed", *overrides)
         # The first ones early, then later ones, and at last none: every run ends.
         child.join(timeout=random.uniform(0.3, 0.5 + 0.15 * attempt) * duration)
         if child.exitcode is None:
@@ -377,11 +397,13 @@ def train_together(folders, out, *overrides, world=2, function=train):
     return codes
 
 
-def test_two_processes_end_in_the_bits_of_one_that_accumulates_twice_as_much(folders, tmp_path):
+@pytest.mark.parametrize("name", ["linfusion_sd15", "clear"])
+def test_two_processes_end_in_the_bits_of_one_that_accumulates_twice_as_much(folders, tmp_path, name):
     """DDP halves each process's gradients and adds them; accumulation halves each micro step's and adds them."""
+    run = functools.partial(train, name=name)
     options = ["training.steps=4", "training.ema_decay=0.5", "data.caption_drop=0.5", "training.max_grad_norm=1.0"]
-    train(folders, tmp_path / "one", *options, "training.gradient_accumulation=2")
-    assert train_together(folders, tmp_path / "two", *options) == [0, 0]
+    run(folders, tmp_path / "one", *options, "training.gradient_accumulation=2")
+    assert train_together(folders, tmp_path / "two", *options, function=run) == [0, 0]
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     one, two = (checkpoint.read_state(checkpoint.latest(tmp_path / name)) for name in ("one", "two"))
     assert one["samples"] == two["samples"] == 4 * 2 * 2
@@ -472,15 +494,18 @@ def test_what_sharding_cannot_do_is_refused_by_key(folders, tmp_path, option, mo
 # ------------------------------------------------------------------------------------------------ options of training
 
 
+@pytest.mark.parametrize("name", ["linfusion_sd15", "clear_tiny_flux"])
 @pytest.mark.parametrize("option", ["training.share_frozen=false", "training.gradient_checkpointing=true"])
-def test_saving_memory_changes_no_bit(folders, tmp_path, option):
-    train(folders, tmp_path / "a")
-    train(folders, tmp_path / "b", option)
+def test_saving_memory_changes_no_bit(folders, tmp_path, option, name):
+    train(folders, tmp_path / "a", name=name)
+    train(folders, tmp_path / "b", option, name=name)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_shared_frozen_weights_are_one_copy(folders, tmp_path):
-    trainer = Trainer(small(folders, tmp_path), LinFusion)
+@pytest.mark.parametrize("name", ["linfusion_sd15", "clear_tiny_flux"])
+def test_shared_frozen_weights_are_one_copy(folders, tmp_path, name):
+    wanted = small(folders, tmp_path, name=name)
+    trainer = Trainer(wanted, resolve(wanted.student.adapter))
     student = {p.data_ptr() for p in trainer.student.model.parameters() if not p.requires_grad}
     assert student < {p.data_ptr() for p in trainer.models.model.parameters()}
 
@@ -562,6 +587,141 @@ def test_vae_that_asks_for_float32_gets_it(folders, tmp_path):
     vae.register_to_config(force_upcast=False)
     trainer.models.place(torch.device("cpu"), torch.bfloat16)
     assert vae.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------- FLUX, SD3
+
+
+def test_clear_trains_stable_diffusion_3_with_pooled_keys_in_sixteen_bits(folders, tmp_path):
+    """The recipe for FLUX with another model: joint attention, and the second one of SD3.5."""
+    options = [f"model.pretrained={folders / 'sd35'}", "student.options.down_factor=2", "objective.feature_interval=1"]
+    trainer = train(folders, tmp_path, *options, "training.mixed_precision=bf16", name="clear")
+    assert trainer.objective.features == tuple(f"transformer_blocks.{i}.attn{n}" for i in (0, 1) for n in ("", "2"))
+    names = {
+        f"transformer_blocks.{i}.{attn}" for i in range(3) for attn in ("attn", "attn2") if (i, attn) != (2, "attn2")
+    }
+    assert {name.rpartition(".attn")[0] for name in trainer.trainable} == {f"transformer_blocks.{i}" for i in range(3)}
+    assert set(trainer.student.modules) == names
+    after = final_weights(tmp_path)
+    assert after.keys() == trainer.trainable.keys()
+    stock = DiffusionPipeline.from_pretrained(folders / "sd35").transformer.state_dict()
+    mean = torch.full((1, 1, 1, 2, 1, 2, 1), 1 / 4)
+    still = [k for k, v in after.items() if torch.equal(v, stock.get(k, mean))]
+    assert not still, f"{still} did not move"
+
+
+def test_prodigy_s_own_settings_reach_it(folders, tmp_path):
+    settings = "{beta3: 0.9, decouple: false, bias_correction: true, safeguard_warmup: false, d_coef: 2.0, slice_p: 3}"
+    options = [f"training.prodigy={settings}", "training.weight_decay=0.5", "training.steps=1"]
+    trainer = train(folders, tmp_path, *options, name="clear")
+    (group,) = trainer.accelerator._optimizers[0].param_groups
+    expected = {"beta3": 0.9, "decouple": False, "use_bias_correction": True, "safeguard_warmup": False}
+    expected |= {"d_coef": 2.0, "slice_p": 3, "weight_decay": 0.5, "lr": 1.0, "betas": (0.9, 0.999)}
+    assert {key: group[key] for key in expected} == expected
+
+
+def test_objective_s_settings_reach_the_noise_and_the_guidance(folders, tmp_path):
+    settings = [
+        "objective.weighting=cosmap",
+        "objective.shift=2.5",
+        "objective.guidance=2",
+        "objective.weights.feature=0",
+    ]
+    trainer = Trainer(small(folders, tmp_path, *settings, name="clear"), CLEAR)
+    assert (trainer.schedule.weighting, trainer.schedule.shift) == ("cosmap", 2.5)
+    assert trainer.objective.student.guidance == trainer.objective._frozen[0].guidance == 2.0
+    assert trainer.objective.features == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clear", ["data.resolution=40", "data.resize=crop"], None),
+        ("clear", ["data.resize=buckets", "data.bucket_step=8"], None),
+        ("linfusion_sd15", ["model.pretrained={flux}"], "objective.kind: expected 'flow_attention' for a FluxPipeline"),
+        ("clear", ["model.pretrained={sd15}", "model.text_length=null"], "objective.kind: expected 'attention' for a"),
+        ("clear", ["objective.feature_interval=9"], "objective.feature_interval: 9 leaves no attention module"),
+        ("clear", ["student.options={{}}"], "window_size is needed"),
+        ("clear", ["student.options={{window: 3}}"], "student.options: nothing is loaded, so ['"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_by_key(folders, tmp_path, name, options, message):
+    options = [option.format(**{f: folders / f for f in ("flux", "sd15")}) for option in options]
+    wanted = small(folders, tmp_path / "run", *options, name=name)
+    if message is None:
+        Trainer(wanted, resolve(wanted.student.adapter))
+        return
+    with pytest.raises(ValueError) as caught:
+        Trainer(wanted, resolve(wanted.student.adapter))
+    assert message in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_sides_that_the_model_cannot_cut_into_tokens_are_refused_by_key(folders, tmp_path, monkeypatch):
+    """16 pixels a token, as FLUX itself has; the small one has 4, which every multiple of 8 is one of."""
+    monkeypatch.setattr(pipelines.Flux, "multiple", 16)
+    sides = ["data.resolution=40", 'output.validation={prompts: ["a two"], height: 32, width: 56}']
+    with pytest.raises(recipe.RecipeError) as caught:
+        Trainer(small(folders, tmp_path, *sides, name="clear"), CLEAR)
+    assert [line.partition(" for")[0] for line in caught.value.problems] == [
+        "data.resolution: expected a multiple of 16",
+        "output.validation.width: expected a multiple of 16",
+    ]
+    with pytest.raises(
+        recipe.RecipeError, match=r"data\.bucket_step: expected a multiple of 16 for a FluxPipeline, got 8"
+    ):
+        Trainer(small(folders, tmp_path, "data.resize=buckets", "data.bucket_step=8", name="clear"), CLEAR)
+
+
+def test_prodigy_and_fully_sharded_data_are_refused_together(folders, tmp_path, monkeypatch):
+    from accelerate.utils import DistributedType
+
+    trainer = Trainer(small(folders, tmp_path, name="clear"), CLEAR)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(recipe.RecipeError, match=r"training\.optimizer: expected adamw with FSDP"):
+        Trainer(small(folders, tmp_path, name="clear"), CLEAR, accelerator=trainer.accelerator)
+
+
+def test_a_missing_prodigy_is_told_before_anything_is_loaded(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    monkeypatch.setattr(pipelines, "load", None)
+    with pytest.raises(ImportError, match=r"training\.optimizer: prodigyopt is not installed"):
+        Trainer(small(folders, tmp_path, name="clear"), CLEAR)
+
+
+def test_the_teacher_of_clear_keeps_its_weights_though_most_are_shared(folders, tmp_path):
+    trainer = Trainer(small(folders, tmp_path, "training.mixed_precision=bf16", name="clear"), CLEAR)
+    assert {p.dtype for p in trainer.models.model.parameters()} == {torch.bfloat16}
+    own = {p.data_ptr() for p in trainer.trainable.values()}
+    assert not own & {p.data_ptr() for p in trainer.models.model.parameters()}
+    assert {p.dtype for p in trainer.trainable.values()} == {torch.float32}
+
+
+def test_prepare_fills_the_caches_and_trains_nothing(folders, tmp_path, capsys, monkeypatch):
+    options = [
+        *SMALL,
+        *SMALL_FLUX["clear"],
+        f"model.pretrained={folders / 'flux'}",
+        f"data.path={folders / 'pictures'}",
+    ]
+    options += [f"output.folder={tmp_path / 'run'}", "training.mixed_precision=no"]
+    arguments = ["distill", "clear", *(part for option in options for part in ("--set", option))]
+    assert main([*arguments, "--prepare"]) == 0
+    assert f"prepared: {tmp_path / 'run' / 'cache'}" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["cache"]
+    entries = list((tmp_path / "run" / "cache").rglob("*.safetensors"))
+    assert len(entries) == 11 + 11
+    assert {tuple(load_file(p)) for p in entries} == {
+        ("encoder_hidden_states", "pooled_projections"),
+        ("mean", "std"),
+    }
+    for name in ("encode_text", "encode_image"):
+        monkeypatch.setattr(pipelines.Flux, name, None)  # the run needs neither any more
+    reset_accelerator()
+    assert main([*arguments, "--set", "training.steps=1"]) == 0
+    reset_accelerator()
+    elsewhere = f"output.folder={tmp_path / 'other'}"
+    assert main([*arguments, "--prepare", "--set", "data.cache={}", "--set", elsewhere]) == 1
+    assert "data.cache: expected text: true, latents: true or both" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- caches

@@ -50,7 +50,10 @@ class Student:
         teacher.requires_grad_(False)
         self.model = shared_copy(teacher) if share else copy.deepcopy(teacher)
         start = {"load_pretrained": False} if pretrained is None else {"pretrained_model_name_or_path": pretrained}
-        self.adapter = adapter_class.construct_for(self.model, **start, **(options or {}))
+        try:
+            self.adapter = adapter_class.construct_for(self.model, **start, **(options or {}))
+        except TypeError as error:  # an option that it does not know
+            raise ValueError(f"student.options: {error}") from error
         self.modules: dict[str, nn.Module] = dict(self.adapter.modules_dict)
         self.lora = False
         if self._names_its_own:
@@ -140,7 +143,8 @@ class Student:
             plain = self.adapter.from_config(self.adapter.config)
         with torch.no_grad():
             for own, module in zip(plain.modules_dict.values(), self.modules.values(), strict=True):
-                own.load_state_dict({key: value.detach().cpu() for key, value in merged_state_dict(module).items()})
+                merged = merged_state_dict(module)  # with layers that are the model's own, if the adapter left such
+                own.load_state_dict({key: merged[key].detach().cpu() for key in own.state_dict()})
         plain.save_pretrained(folder)
         if self.lora:
             from diffusers.utils import convert_state_dict_to_diffusers
