@@ -91,8 +91,9 @@ class CLEAR(ModelMixin, ConfigMixin):
         config: these arguments.
     """
 
+    # By keyword only: diffusers takes what is passed by position for a default, and from_config then leaves it out.
     @register_to_config
-    def __init__(self, window_size: int, down_factor: int, modules_list: list[dict], base: str | None = None):
+    def __init__(self, *, window_size: int, down_factor: int, modules_list: list[dict], base: str | None = None):
         super().__init__()
         _at_least_one("window_size", window_size)
         _at_least_one("down_factor", down_factor)
@@ -209,7 +210,9 @@ class CLEAR(ModelMixin, ConfigMixin):
             raise TypeError(f"nothing is loaded, so {sorted({*load_options, 'weight_name'})} have no meaning")
         if window_size is None:
             raise ValueError("window_size is needed where nothing is loaded: the radius of the window, in tokens")
-        clear = cls(window_size, 1 if down_factor is None else down_factor, entries, _base(model))
+        down_factor = 1 if down_factor is None else down_factor
+        with torch.device("meta"):
+            clear = cls(window_size=window_size, down_factor=down_factor, modules_list=entries, base=_base(model))
         clear._copy_base_layers(model)
         return clear.mount_to(model)
 
@@ -249,7 +252,7 @@ class CLEAR(ModelMixin, ConfigMixin):
         if entries is None:
             entries, base = files.entries_in(shapes)
         with torch.device("meta"):
-            clear = cls(window_size, down_factor, entries, base)
+            clear = cls(window_size=window_size, down_factor=down_factor, modules_list=entries, base=base)
         expected = {key: tuple(value.shape) for key, value in clear.state_dict().items()}
         chosen = {entry["module_name"] for entry in entries}
         others = {entry["module_name"] for entry in every} - chosen
@@ -270,6 +273,7 @@ class CLEAR(ModelMixin, ConfigMixin):
         """Copies of the transformer's own layers; where there can be none, the model's own will serve."""
         for name, own in self.modules_dict.items():
             attention = model.get_submodule(name)
+            own.processor = WindowAttnProcessor(self.config.down_factor)
             for slot in SLOTS:
                 layer = layer_at(attention, slot)
                 if layer is None:
@@ -519,7 +523,7 @@ def _add(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _zero_linear(dim: int) -> nn.Linear:
-    """Weights of zero cost nothing until they are written; the usual random ones of FLUX would take a minute."""
+    """Weights to be loaded into; drawing the usual random ones takes a minute for a model like FLUX."""
     layer = nn.Linear(dim, dim, device="meta")
     layer.weight, layer.bias = nn.Parameter(torch.zeros(dim, dim)), nn.Parameter(torch.zeros(dim))
     return layer
