@@ -20,6 +20,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
     UNet2DModel,
@@ -32,9 +34,10 @@ from safetensors.torch import save_file
 
 import linattn
 from linattn import bundled, cli
-from linattn.adapters import LinFusion
+from linattn.adapters import CLEAR, LinFusion
 from linattn.cli import doctor
 from linattn.cli import generate as command
+from linattn.pipelines import Stage, high_resolution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +115,8 @@ def in_python(folder, attention, weights=None, kind=DiffusionPipeline, lora=None
     pipe.set_progress_bar_config(disable=True)
     if attention == "linfusion":
         LinFusion.construct_for(pipe, pretrained_model_name_or_path=weights, load_pretrained=weights is not None)
+    if attention == "clear":
+        CLEAR.construct_for(pipe, 3, 2, pretrained_model_name_or_path=weights, load_pretrained=weights is not None)
     if lora is not None:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | options
@@ -295,6 +300,8 @@ def test_the_record_says_everything_with_nothing_left_to_be_resolved(draw, model
         "model": str(models / "sd15"),
         "attention": "linfusion",
         "weights": str(models / "sd15_student"),
+        "window_size": None,
+        "down_factor": None,
         "steps": STEPS,
         "guidance": GUIDANCE,
         "seed": 9,
@@ -305,6 +312,8 @@ def test_the_record_says_everything_with_nothing_left_to_be_resolved(draw, model
         "lora_scale": 0.5,
         "image": str(models / "start.png"),
         "strength": 0.5,
+        "stages": None,
+        "base_attention": None,
         "device": "cpu",
         "dtype": "float32",
     }
@@ -874,3 +883,402 @@ def test_published_weights_are_looked_up_by_the_name_of_the_repository(draw, mod
     out = draw(PROMPT, "--model", "Lykon/dreamshaper-8", *FAST)
     assert record_of(out)["request"]["weights"] == "Yuanshi/LinFusion-1-5"
     assert np.array_equal(pixels(out), in_python(models / "sd15", "linfusion", models / "sd15_student"))
+
+
+# ---------------------------------------------------------------------------------------------------- FLUX and SD3
+
+
+TRANSFORMERS = ("flux", "flux-schnell", "sd3")
+LENGTH = 48  # tokens that the T5 of these models reads, and so the pipelines are told to pad to
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """A folder with pipelines, and with weights of CLEAR for each: a folder as saved, and files named as published."""
+    root = tmp_path_factory.mktemp("transformers")
+    for family in TRANSFORMERS:
+        pipe = tiny_pipeline(family)
+        (pipe.tokenizer_3 if family == "sd3" else pipe.tokenizer_2).model_max_length = LENGTH
+        pipe.save_pretrained(root / family)
+        files = root / f"{family}_files"
+        files.mkdir()
+        for size, factor, name in ((3, 2, "clear_local_3_down_2"), (2, 1, "clear_local_2")):
+            clear = CLEAR.construct_for(pipe, size, factor, load_pretrained=False)
+            with torch.no_grad():
+                for key, parameter in clear.trainable_parameters().items():
+                    if "to_q" in key:
+                        parameter.mul_(1.5)
+            save_file(
+                {k: v.contiguous() for k, v in clear.published_state_dict().items()}, files / f"{name}.safetensors"
+            )
+            if factor > 1:
+                clear.save_pretrained(root / f"{family}_student")
+            clear.unmount()
+    return root
+
+
+def of_flux(family="flux"):
+    return {"max_sequence_length": LENGTH} | ({"true_cfg_scale": 1.0} if family == "flux-schnell" else {})
+
+
+def size_of(file):
+    return Image.open(file).size
+
+
+SMALL = ("--steps", "2", "--device", "cpu", "--size", "32x16")
+
+
+@pytest.mark.parametrize("attention", ["clear", "stock"])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_transformers_draw_what_the_same_calls_in_python_give(draw, transformers, family, attention):
+    student = transformers / f"{family}_student" if attention == "clear" else None
+    weights = ("--weights", student) if student else ("--attention", "stock")
+    out = draw(PROMPT, "--model", transformers / family, *weights, *SMALL, "--guidance", 3, "--seed", 3)
+    options = {"width": 32, "height": 16, "seed": 3, "max_sequence_length": LENGTH}
+    if family == "flux-schnell":  # reads no guidance: it is drawn twice, with and without the prompt
+        options |= {"true_cfg_scale": 3.0, "negative_prompt": "", "guidance_scale": 1.0}
+    assert np.array_equal(pixels(out), in_python(transformers / family, attention, student, **options))
+    request = record_of(out)["request"]
+    assert (request["attention"], request["guidance"]) == (attention, 3.0)
+    assert (request["window_size"], request["down_factor"]) == ((3, 2) if student else (None, None))
+
+
+@pytest.mark.parametrize(("family", "guidance"), [("flux", 3.5), ("flux-schnell", 1.0), ("sd3", 7.0)])
+def test_transformers_have_the_guidance_and_the_size_of_their_pipeline_unless_told(
+    draw, transformers, family, guidance
+):
+    model = ("--model", transformers / family, "--attention", "stock", "--steps", "1", "--device", "cpu")
+    out = draw(PROMPT, *model)
+    request = record_of(out)["request"]
+    assert request["guidance"] == guidance
+    assert size_of(out) == (IMAGE_SIZE, IMAGE_SIZE) == (request["width"], request["height"])
+
+
+def test_a_negative_prompt_counts_where_there_is_guidance_without_the_prompt(draw, transformers):
+    model = (PROMPT, "--model", transformers / "flux-schnell", "--attention", "stock", *SMALL, "--guidance", "3")
+    drawn = pixels(draw(*model, "--negative-prompt", "a four"))
+    options = {"width": 32, "height": 16, "guidance_scale": 1.0, **of_flux(), "true_cfg_scale": 3.0}
+    assert np.array_equal(drawn, in_python(transformers / "flux-schnell", "stock", negative_prompt="a four", **options))
+    assert not np.array_equal(drawn, pixels(draw(*model)))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("flux", FluxImg2ImgPipeline), ("sd3", StableDiffusion3Img2ImgPipeline)])
+def test_transformers_start_from_a_picture(draw, models, transformers, family, kind):
+    start = models / "start.png"
+    model = ("--model", transformers / family, "--weights", "base", "--window-size", 3, "--down-factor", 2)
+    out = draw(PROMPT, *model, *SMALL, "--guidance", 3, "--image", start, "--strength", 0.5)
+    resized = Image.open(start).resize((32, 16))
+    options = {"image": resized, "strength": 0.5, "width": 32, "height": 16, "max_sequence_length": LENGTH}
+    assert np.array_equal(pixels(out), in_python(transformers / family, "clear", kind=kind, **options))
+
+
+@pytest.mark.parametrize(
+    ("weights", "file"),
+    [
+        pytest.param(("flux_student",), "flux_student/diffusion_pytorch_model.safetensors", id="saved"),
+        pytest.param(
+            ("flux_files/clear_local_3_down_2.safetensors",), "flux_files/clear_local_3_down_2.safetensors", id="file"
+        ),
+        pytest.param(
+            ("flux_files", "--window-size", "3", "--down-factor", "2"),
+            "flux_files/clear_local_3_down_2.safetensors",
+            id="pooled-of-several",
+        ),
+        pytest.param(
+            ("flux_files", "--window-size", "2"), "flux_files/clear_local_2.safetensors", id="local-of-several"
+        ),
+    ],
+)
+def test_weights_of_clear_are_a_folder_a_file_or_the_one_of_several_that_the_window_names(
+    draw, transformers, weights, file
+):
+    name, *window = weights
+    out = draw(PROMPT, "--model", transformers / "flux", "--weights", transformers / name, *window, *SMALL)
+    size, factor = (2, 1) if "local_2" in file else (3, 2)
+    pipe = DiffusionPipeline.from_pretrained(transformers / "flux")
+    pipe.set_progress_bar_config(disable=True)
+    CLEAR.construct_for(pipe, size, factor, pretrained_model_name_or_path=transformers / file)
+    options = {"num_inference_steps": 2, "width": 32, "height": 16, **of_flux()}
+    expected = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert np.array_equal(pixels(out), np.asarray(expected))
+    record = record_of(out)
+    assert (record["request"]["window_size"], record["request"]["down_factor"]) == (size, factor)
+    assert Path(file).name in record["sources"]["weights"]["files"]
+    assert {n for n in record["sources"]["weights"]["files"] if n.endswith(".safetensors")} == {Path(file).name}
+    assert record["backend"] == linattn.backend.choose("window_attention", torch.device("cpu"), torch.float32)
+    assert draw("--from", "generated.json", "--out", "again.png").read_bytes() == out.read_bytes()
+
+
+def test_the_bundled_clear_of_a_bundled_flux_is_found_by_its_window(draw, transformers, tmp_path, monkeypatch):
+    folders = {name: tmp_path / "bundled" / name for name in ("tiny", "tiny_a", "tiny_b")}
+    shutil.copytree(transformers / "flux", folders["tiny"])
+    shutil.copytree(transformers / "flux_student", folders["tiny_b"])
+    pipe = DiffusionPipeline.from_pretrained(transformers / "flux")
+    CLEAR.construct_for(pipe, 2, 1, load_pretrained=False).save_pretrained(folders["tiny_a"])
+    monkeypatch.setattr(bundled, "names", lambda: sorted(folders))
+    monkeypatch.setattr(bundled, "path", lambda name="tiny": folders[name])
+    for options, name, window in (((), "tiny_a", 2), (("--down-factor", "2"), "tiny_b", 3)):
+        request = record_of(draw(PROMPT, *SMALL, *options))["request"]
+        assert (request["weights"], request["window_size"]) == (name, window)
+        assert request["guidance"] == command.BUNDLED_GUIDANCE
+
+
+# ------------------------------------------------------------------------------------------------ high resolution
+
+STAGES = ("--high-resolution", "48x24,64x32", "--stage-steps", "3", "--stage-strength", "0.7,0.4")
+
+
+def by_helper(folder, stages, attention=None, kind=DiffusionPipeline, **options):
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    adapter = None if attention is None else attention(pipe)
+    options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2} | options
+    return np.asarray(high_resolution(pipe, PROMPT, stages=stages, attention=adapter, **options).images[0])
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_stages_are_those_of_the_helper_and_the_record_draws_them_again(generate, draw, transformers, family):
+    student = transformers / f"{family}_student"
+    out = draw(PROMPT, "--model", transformers / family, "--weights", student, *SMALL, *STAGES, "--guidance", "1.5")
+    more = {"guidance_scale": 1.5, **of_flux()}
+    if family == "flux-schnell":
+        more |= {"true_cfg_scale": 1.5, "negative_prompt": ""}
+    expected = by_helper(
+        transformers / family,
+        [Stage(24, 48, num_inference_steps=3), Stage(32, 64, num_inference_steps=3, strength=0.4)],
+        lambda pipe: CLEAR.construct_for(pipe, pretrained_model_name_or_path=student),
+        **{"width": 32, "height": 16, **more},
+    )
+    assert size_of(out) == (64, 32)
+    assert np.array_equal(pixels(out), expected)
+    record = record_of(out)
+    assert record["request"]["base_attention"] == "stock"
+    assert record["request"]["stages"][1] == {
+        "width": 64,
+        "height": 32,
+        "strength": 0.4,
+        "steps": 3,
+        "guidance": 1.5,
+        "shift": 3.0,
+        "ntk_factor": 1.0 if family == "sd3" else 10.0,
+        "proportional_attention": True,
+    }
+    status, _, err = generate("--from", "generated.json", "--out", "again.png")
+    assert status == 0 and "the same pixels as recorded" in err and "warning" not in err
+    assert Path("again.png").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "keywords"),
+    [
+        pytest.param(("--stage-guidance", "7.5"), {"guidance_scale": 7.5}, {}, id="guidance"),
+        pytest.param(("--stage-shift", "2"), {"shift": 2.0}, {}, id="shift"),
+        pytest.param(("--ntk-factor", "2"), {"ntk_factor": 2.0}, {}, id="ntk"),
+        pytest.param(("--no-proportional-attention",), {"proportional_attention": False}, {}, id="proportional"),
+        pytest.param(("--base-attention", "same"), {}, {"attention_in_base": True}, id="base"),
+        pytest.param(("--stage-steps", "5"), {"num_inference_steps": 5}, {}, id="steps"),
+    ],
+)
+def test_every_option_of_a_stage_does_what_its_counterpart_of_the_helper_does(
+    draw, transformers, stock_stage, options, stage, keywords
+):
+    student = transformers / "flux_student"
+    weights = ("--weights", student, "--high-resolution", "48x24")
+    drawn = pixels(draw(PROMPT, "--model", transformers / "flux", *weights, *SMALL, "--steps", "4", *options))
+    assert np.array_equal(drawn, one_stage(transformers, stage, keywords))
+    assert not np.array_equal(drawn, stock_stage)
+
+
+def one_stage(transformers, stage, keywords):
+    return by_helper(
+        transformers / "flux",
+        [Stage(24, 48, **stage)],
+        lambda pipe: CLEAR.construct_for(pipe, pretrained_model_name_or_path=transformers / "flux_student"),
+        **{"width": 32, "height": 16, "num_inference_steps": 4, **of_flux(), **keywords},
+    )
+
+
+@pytest.fixture(scope="module")
+def stock_stage(transformers):
+    return one_stage(transformers, {}, {})
+
+
+def test_stages_enlarge_a_given_picture(draw, models, transformers):
+    start = models / "start.png"  # 53 x 41, whatever the model's multiple is
+    stage = ("--high-resolution", "64x48", "--stage-strength", "0.5")
+    out = draw(PROMPT, "--model", transformers / "flux", "--attention", "stock", *SMALL[:4], "--image", start, *stage)
+    expected = by_helper(
+        transformers / "flux", [Stage(48, 64, strength=0.5)], image=Image.open(start), guidance_scale=3.5, **of_flux()
+    )
+    assert np.array_equal(pixels(out), expected)
+    request = record_of(out)["request"]
+    assert request["width"] is request["height"] is request["strength"] is request["base_attention"] is None
+    assert draw("--from", "generated.json", "--out", "again.png").read_bytes() == out.read_bytes()
+
+
+def test_stages_are_for_stable_diffusion_too(draw, models):
+    stage = ("--high-resolution", "48x32", "--stage-strength", "0.5", "--size", "24x16")
+    out = draw(PROMPT, "--model", models / "sd15", "--weights", models / "sd15_student", *FAST, *stage)
+    expected = by_helper(
+        models / "sd15",
+        [Stage(32, 48, strength=0.5)],
+        lambda pipe: LinFusion.construct_for(pipe, pretrained_model_name_or_path=models / "sd15_student"),
+        attention_in_base=True,
+        width=24,
+        height=16,
+        guidance_scale=GUIDANCE,
+    )
+    assert np.array_equal(pixels(out), expected)
+    assert record_of(out)["request"]["stages"][0]["shift"] is None
+
+
+def test_the_progress_bar_counts_the_steps_of_all_stages(generate, transformers, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    model = ("--model", transformers / "flux", "--attention", "stock", *SMALL, "--count", "2")
+    assert generate(PROMPT, *model, *STAGES)[0] == 0
+    assert "14/14 [" in terminal.getvalue()  # twice 2, 3 and 2: diffusers rounds up what is left of the steps
+
+
+STOCK = ("--attention", "stock")
+HIGH = ("flux", *STOCK, "--high-resolution")
+TRANSFORMER_MISTAKES = {
+    "linfusion": (("flux", "--attention", "linfusion"), ["--attention linfusion is for", "FluxPipeline", "clear"]),
+    "clear on a unet": (("{models}/sd15", "--attention", "clear"), ["--attention clear is for FLUX", "linfusion"]),
+    "window of linfusion": (("{models}/sd15", "--window-size", "3"), ["--window-size goes with --attention clear"]),
+    "nothing published": (("flux",), ["no CLEAR weights are published for this FluxPipeline", "--attention stock"]),
+    "nothing published for sd3": (("sd3",), ["no CLEAR weights are published for this StableDiffusion3Pipeline"]),
+    "base without a window": (("flux", "--weights", "base"), ["--weights base needs --window-size"]),
+    "window 0": (("flux", "--weights", "base", "--window-size", "0"), ["--window-size: expected 1 or more, got 0"]),
+    "which of several": (
+        ("flux", "--weights", "{root}/flux_files"),
+        ["--window-size", "clear_local_2.safetensors, clear_local_3_down_2.safetensors"],
+    ),
+    "none of several": (
+        ("flux", "--weights", "{root}/flux_files", "--window-size", "5"),
+        ["no clear_local_5.safetensors", "clear_local_3_down_2"],
+    ),
+    "another window": (
+        ("flux", "--weights", "{root}/flux_student", "--window-size", "5"),
+        ["--weights", "window_size", "5"],
+    ),
+    "weights of another model": (
+        ("flux", "--weights", "{root}/sd3_student"),
+        ["--weights", "does not go with", "SD3Transformer2DModel"],
+    ),
+    "published weights of another model": (
+        ("sd3", "--weights", "{root}/flux_files/clear_local_2.safetensors"),
+        ["--weights", "does not go with", "single_transformer_blocks"],
+    ),
+    "a unet as weights": (("flux", "--weights", "{models}/sd15/unet"), ["--weights", "UNet2DConditionModel"]),
+    "no such file": (("flux", "--weights", "{root}/flux_files/clear.safetensors"), ["does not exist", "did you mean"]),
+    "a pickle": (("flux", "--weights", "{models}/start.png"), ["--weights: expected a .safetensors file"]),
+    "size": (
+        ("flux", *STOCK, "--size", "32x18"),
+        ["--size: width and height must be multiples of 4", "32x16 and 32x20"],
+    ),
+    "size of sd3": (("sd3", *STOCK, "--size", "100"), ["--size: this model knows positions up to 96 pixels"]),
+    "negative prompt": (
+        ("flux", *STOCK, "--negative-prompt", "x", "--guidance", "3"),
+        ["--negative-prompt: this FLUX reads its guidance"],
+    ),
+    "negative prompt without guidance": (
+        ("flux-schnell", *STOCK, "--negative-prompt", "x"),
+        ["--negative-prompt needs --guidance above 1"],
+    ),
+    "no stages": (("flux", *STOCK, "--stage-steps", "3"), ["--stage-steps goes with --high-resolution"]),
+    "no stages for the base": (("flux", *STOCK, "--base-attention", "same"), ["--base-attention goes with --high-res"]),
+    "a stage by one number": ((*HIGH, "64"), ["--high-resolution: expected sizes", "'64'"]),
+    "a stage between multiples": ((*HIGH, "64x31"), ["--high-resolution: width and height must be multiples of 4"]),
+    "a smaller stage": ((*HIGH, "28x32"), ["28x32 is smaller than the picture before the stages, 32x32"]),
+    "a smaller second stage": ((*HIGH, "48x48,64x32"), ["64x32 is smaller than the stage before it, 48x48"]),
+    "a stage smaller than the image": (
+        (*HIGH, "48x48", "--image", "{models}/start.png"),
+        ["smaller than --image, 53x41"],
+    ),
+    "three values": ((*HIGH, "48x48,64x64", "--stage-steps", "3,4,5"), ["--stage-steps: expected one value", "got 3"]),
+    "words": ((*HIGH, "48x48", "--stage-strength", "much"), ["--stage-strength: expected numbers", "'much'"]),
+    "half a step": ((*HIGH, "48x48", "--stage-steps", "2.5"), ["--stage-steps: expected whole numbers", "'2.5'"]),
+    "no strength": ((*HIGH, "48x48", "--stage-strength", "0"), ["--stage-strength: expected above 0", "got 0"]),
+    "no step of a stage": (
+        (*HIGH, "48x48", "--stage-strength", "0.1", "--stage-steps", "4"),
+        ["less than one step: use --stage-steps 10 or more"],
+    ),
+    "steps": ((*HIGH, "48x48", "--stage-steps", "1001"), ["--stage-steps: expected at most the 1000"]),
+    "no guidance": ((*HIGH, "48x48", "--stage-guidance", "-1"), ["--stage-guidance: expected 0 or more, got -1"]),
+    "no shift": ((*HIGH, "48x48", "--stage-shift", "0"), ["--stage-shift: expected a number above 0, got 0"]),
+    "shift of a unet": (
+        ("{models}/sd15", *STOCK, "--high-resolution", "64x64", "--stage-shift", "3"),
+        ["--stage-shift: the scheduler"],
+    ),
+    "ntk of stock": ((*HIGH, "48x48", "--ntk-factor", "2"), ["--ntk-factor goes with --attention clear"]),
+    "ntk of sd3": (
+        ("sd3", "--weights", "base", "--window-size", "3", "--high-resolution", "48x48", "--ntk-factor", "2"),
+        ["--ntk-factor is about rotary positions"],
+    ),
+    "stock and stock": ((*HIGH, "48x48", "--base-attention", "same"), ["no meaning with --attention stock"]),
+    "image and size": (
+        (*HIGH, "64x64", "--image", "{models}/start.png", "--size", "64"),
+        ["--size: with --image and --high-resolution only the stages"],
+    ),
+    "image and strength": (
+        (*HIGH, "64x64", "--image", "{models}/start.png", "--strength", "0.5"),
+        ["--strength: with --image", "--stage-strength"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TRANSFORMER_MISTAKES)
+def test_a_mistake_with_a_transformer_or_stages_is_one_line_and_costs_nothing(
+    generate, models, transformers, nothing_heavy, mistake
+):
+    def filled(text):
+        return text.replace("{models}", str(models)).replace("{root}", str(transformers))
+
+    (model, *arguments), parts = TRANSFORMER_MISTAKES[mistake]
+    model = filled(model) if "{" in model else transformers / model
+    status, paths, err = generate(PROMPT, "--model", model, *map(filled, arguments))
+    assert (status, paths) == (1, []), err
+    assert err.startswith("linattn generate: ") and len(err.splitlines()) == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_published_clear_is_looked_up_on_the_hub_for_flux_of_that_size(generate, transformers, tmp_path, cache):
+    folder = tmp_path / "dev"
+    shutil.copytree(transformers / "flux", folder)
+    config = json.loads((folder / "transformer/config.json").read_text())
+    dev = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
+    (folder / "transformer/config.json").write_text(json.dumps(config | dev))
+    status, _, err = generate(PROMPT, "--model", folder)
+    assert status == 1 and "clear_local_8_down_4 are published" in err and "--window-size" in err
+    status, _, err = generate(PROMPT, "--model", folder, "--window-size", "16")
+    assert status == 1 and "--weights: 'Huage001/CLEAR'" in err and "HF_HUB_OFFLINE" in err
+
+
+def test_weights_of_clear_on_the_hub_are_chosen_by_the_window(draw, transformers, cache):
+    revision = cache("somebody/clear", transformers / "flux_files")
+    model = (PROMPT, "--model", transformers / "flux", "--weights", "somebody/clear", *SMALL)
+    out = draw(*model, "--window-size", "3", "--down-factor", "2")
+    source = record_of(out)["sources"]["weights"]
+    assert (source["kind"], source["name"], source["revision"]) == ("hub", "somebody/clear", revision)
+    assert list(source["files"]) == ["clear_local_3_down_2.safetensors"]
+    assert draw("--from", "generated.json", "--out", "again.png").read_bytes() == out.read_bytes()
+    assert draw(*model, "--window-size", "2", "--out", "other.png").read_bytes() != out.read_bytes()
+
+
+def test_from_takes_no_option_of_stages(generate, recorded, nothing_heavy):
+    for option, value in (("--high-resolution", "64x64"), ("--stage-steps", "3"), ("--window-size", "3")):
+        status, paths, err = generate("--from", recorded, "--out", "again.png", option, value)
+        assert (status, paths) == (1, []) and option in err
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", "64"), ("surprise", 1), ("proportional_attention", 1)])
+def test_a_damaged_stage_of_a_record_is_refused_by_its_number(generate, recorded, nothing_heavy, key, value):
+    record = json.loads(recorded.read_text())
+    stage = {"width": 64, "height": 64, "strength": 0.7, "steps": 2, "guidance": None, "shift": None}
+    stage |= {"ntk_factor": None, "proportional_attention": None}
+    record["request"]["stages"] = [stage, stage | {key: value}]
+    recorded.write_text(json.dumps(record))
+    status, paths, err = generate("--from", recorded, "--out", "again.png")
+    assert (status, paths) == (1, []) and "is damaged: request.stages.1 missing" in err

@@ -1,6 +1,11 @@
 """High resolution by stages of SDEdit: what diffusers gives by hand, nothing left changed, mistakes at no cost."""
 
 import contextlib
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +153,12 @@ def test_a_stage_has_its_own_steps_strength_and_guidance(flux):
     stages = [Stage(16, 24, strength=0.5, num_inference_steps=6, guidance_scale=7.5), Stage(16, 24, strength=1.0)]
     draw(flux, stages, num_inference_steps=2, guidance_scale=3.5, callback_on_step_end=note)
     assert seen == [(2, 3.5)] * 2 + [(3, 7.5)] * 3 + [(2, 3.5)] * 2
+
+
+def test_what_is_not_said_is_what_the_text_to_image_pipeline_does_unasked(flux):
+    # 3.5 in text to image; image to image alone would take 7.
+    assert np.array_equal(draw(flux).images, draw(flux, guidance_scale=3.5).images)
+    assert not np.array_equal(draw(flux).images, draw(flux, [Stage(32, 48, guidance_scale=7.0)]).images)
 
 
 def test_options_of_a_stage_count_for_this_stage(flux):
@@ -400,6 +411,37 @@ def test_golden_sdedit_local_w3(monkeypatch, flux):
     first = FluxPipeline._unpack_latents(calls[0]["hidden_states"], stage.height, stage.width, pipe.vae_scale_factor)
     for actual, name in ((first, "init_latents"), (results[0], "first_pred"), (made.images, "final_latents")):
         torch.testing.assert_close(actual.double(), golden[name].double(), rtol=0, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- the example
+
+
+def test_the_example_draws_what_the_helper_draws(tmp_path):
+    pipe = tiny_pipeline("flux-schnell")
+    pipe.tokenizer_2.model_max_length = 32
+    pipe.save_pretrained(tmp_path / "model")
+    clear = CLEAR.construct_for(pipe, 3, 2, load_pretrained=False)
+    clear.save_pretrained(tmp_path / "weights")
+    command = [sys.executable, Path(__file__).parents[1] / "examples" / "clear_high_resolution.py"]
+    command += ["--model", tmp_path / "model", "--weights", tmp_path / "weights", "--out", tmp_path / "a.png"]
+    command += ["--height", 16, "--width", 24, "--scale", 2, 3, "--steps", 4, "--guidance", 2, "--stage-guidance", 3]
+    # One thread as here: with another number torch's own layers round differently.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    stages = [Stage(32, 48, options={"true_cfg_scale": 3.0}), Stage(48, 72, options={"true_cfg_scale": 3.0})]
+    options = {"true_cfg_scale": 2.0, "negative_prompt": "", "max_sequence_length": 32, "output_type": "pil"}
+    made = draw(pipe, stages, prompt="a seven, a two and a four", attention=clear, **options)
+    drawn = np.asarray(Image.open(tmp_path / "a.png"), dtype="float32")
+    assert drawn.shape == (48, 72, 3)
+    assert abs(drawn - np.asarray(made.images[0], dtype="float32")).max() <= 1
+
+
+def test_the_example_says_that_another_model_needs_weights(capsys):
+    script = Path(__file__).parents[1] / "examples" / "clear_high_resolution.py"
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script))["main"](["--model", "somewhere"])
+    assert stopped.value.code == 2 and "--weights: which?" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- mistakes

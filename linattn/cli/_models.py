@@ -14,14 +14,27 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from linattn._quiet import quiet_diffusers
 from linattn.paths import instead_of
 
-#: Class in `model_index.json` -> the class that starts from a picture.
+
+class Kind(NamedTuple):
+    """A class of pipelines that can be drawn with."""
+
+    img2img: str  # the class that starts from a picture
+    model: str  # class of its UNet or transformer
+    patch: int  # a token or latent pixel of the model is patch x patch latents of the VAE
+    channels: int  # of the model for one of the VAE's
+
+
+#: Class in `model_index.json` -> what it is.
 PIPELINES = {
-    "StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionPipeline": Kind("StableDiffusionImg2ImgPipeline", "UNet2DConditionModel", 1, 1),
+    "StableDiffusionXLPipeline": Kind("StableDiffusionXLImg2ImgPipeline", "UNet2DConditionModel", 1, 1),
+    "FluxPipeline": Kind("FluxImg2ImgPipeline", "FluxTransformer2DModel", 2, 4),
+    "StableDiffusion3Pipeline": Kind("StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", 2, 1),
 }
 BUNDLED_GUIDANCE = 2.5  # what the bundled models were scored with
 
@@ -32,13 +45,17 @@ class Problem(Exception):
 
 @dataclasses.dataclass
 class Source:
-    """Where a model comes from: a bundled name, a folder, a repository of the hub, or one file."""
+    """Where a model comes from: a bundled name, a folder, a repository of the hub, or one file.
+
+    `weight_name` is the one file that is read of a folder of many weights; None: all of them.
+    """
 
     option: str
     name: str
     kind: str
     path: Path | None
     revision: str | None = None
+    weight_name: str | None = None
     files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -59,11 +76,26 @@ class Layout:
 
     class_name: str
     components: tuple[str, ...]
-    unet: dict
+    denoiser: dict  # the config of its UNet or transformer
     multiple: int  # of which width and height must be, pixels
+    largest: int | None  # that width and height may be, pixels; None: any
     width: int  # of the pictures it was trained for, pixels
     height: int
     train_steps: int
+    can_shift: bool  # whether the scheduler shifts its noise levels
+
+    @property
+    def kind(self) -> Kind:
+        return PIPELINES[self.class_name]
+
+    @property
+    def has_unet(self) -> bool:
+        return self.kind.model == "UNet2DConditionModel"
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether guidance is a number that the model reads (FLUX.1-dev), not a second call without the prompt."""
+        return bool(self.class_name == "FluxPipeline" and self.denoiser.get("guidance_embeds"))
 
 
 def line(error: BaseException) -> str:
@@ -185,33 +217,46 @@ def read_layout(source: Source) -> Layout:
     components = tuple(
         name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1] is not None
     )
-    if "unet" not in components:
-        raise Problem(f"{where} is a {class_name}, which has no UNet; this draws with {' or '.join(PIPELINES)}")
     if class_name not in PIPELINES:
         raise Problem(f"{where} is a {class_name}; this draws with {' or '.join(PIPELINES)}")
+    kind = PIPELINES[class_name]
+    part = "unet" if kind.model == "UNet2DConditionModel" else "transformer"
+    if part not in components:
+        name = {"unet": "UNet", "transformer": "transformer"}[part]
+        raise Problem(f"{where} is a {class_name}, which has no {name} here: nothing could draw")
     absent = [name for name in ("vae", "text_encoder", "tokenizer", "scheduler") if name not in components]
     absent += [name for name in components if not (source.path / name).is_dir()]
     if absent:
         raise Problem(f"{where} is incomplete, it has no {', '.join(absent)}")
 
-    unet, vae = read_config(source, "unet/config.json"), read_config(source, "vae/config.json")
-    channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels[0] != channels[1]:
+    denoiser, vae = read_config(source, f"{part}/config.json"), read_config(source, "vae/config.json")
+    scheduler = read_config(source, "scheduler/scheduler_config.json")
+    made = kind.channels * vae.get("latent_channels", 4)
+    taken = denoiser.get("in_channels", made)
+    if taken != made:
         raise Problem(
-            f"{where}: its UNet takes {channels[0]} channels and its VAE makes {channels[1]}: it is for inpainting or "
-            "editing, not for drawing from a text alone"
+            f"{where}: its {part} takes {taken} channels and its VAE makes {made}: it is for inpainting or editing, "
+            "not for drawing from a text alone"
         )
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    sample = unet.get("sample_size") or 64
-    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    multiple = kind.patch * factor
+    if part == "unet":
+        multiple = math.lcm(8, factor)  # the pipelines of diffusers insist on 8 even where the VAE's factor is less
+    sample = denoiser.get("sample_size")
+    if class_name == "FluxPipeline":  # its transformer knows no size; the VAE does
+        sample = vae.get("sample_size", 1024) // factor
+    height, width = sample if isinstance(sample, (list, tuple)) else (sample or 64, sample or 64)
+    positions = denoiser.get("pos_embed_max_size")
     return Layout(
         class_name=class_name,
         components=components,
-        unet=unet,
-        multiple=math.lcm(8, factor),  # the pipelines of diffusers insist on 8 even where the VAE's factor is less
+        denoiser=denoiser,
+        multiple=multiple,
+        largest=None if positions is None else positions * multiple,
         width=width * factor,
         height=height * factor,
-        train_steps=read_config(source, "scheduler/scheduler_config.json").get("num_train_timesteps", 1000),
+        train_steps=scheduler.get("num_train_timesteps", 1000),
+        can_shift="shift" in scheduler,
     )
 
 
@@ -248,7 +293,7 @@ def digests(model: Source, layout: Layout, weights: Source | None, **files: str 
     sources = {"model": model, "weights": weights}
     wanted = {"model": parts}
     if weights is not None:
-        wanted["weights"] = [weights.path / "config.json", *weights.path.glob("*.safetensors")]
+        wanted["weights"] = _weight_files(weights)
     for key, name in files.items():
         sources[key] = None
         if name is not None:
@@ -265,6 +310,15 @@ def digests(model: Source, layout: Layout, weights: Source | None, **files: str 
     except OSError as error:
         raise Problem(f"cannot read {error.filename}: {error.strerror}") from error
     return sources
+
+
+def _weight_files(source: Source) -> list[Path]:
+    if source.kind == "file":
+        return [source.path]
+    config = source.path / "config.json"
+    if source.weight_name is None:
+        return [config, *source.path.glob("*.safetensors")]
+    return [source.path / source.weight_name, *[config] * config.is_file()]
 
 
 def _sha256(path: Path) -> str:

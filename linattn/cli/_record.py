@@ -8,9 +8,10 @@ import typing
 from pathlib import Path
 
 from linattn.cli._models import Problem, Source, check_file, line
+from linattn.cli._stages import StageRequest
 
 #: Names the layout of the JSON; another layout gets another number.
-FORMAT = "linattn generate 1"
+FORMAT = "linattn generate 2"
 
 
 @dataclasses.dataclass
@@ -22,6 +23,8 @@ class Request:
     model: str
     attention: str
     weights: str | None
+    window_size: int | None
+    down_factor: int | None
     steps: int
     guidance: float | int | None
     seed: int
@@ -32,6 +35,8 @@ class Request:
     lora_scale: float | int | None
     image: str | None
     strength: float | int | None
+    stages: list | None
+    base_attention: str | None
     device: str
     dtype: str
 
@@ -56,6 +61,12 @@ def read_record(path: Path) -> dict:
     if not wrong:
         wrong += [f"request.{name}" for name in set(types) ^ set(record["request"])]
         wrong += [f"request.{name}" for name, kind in types.items() if not _is_a(record["request"].get(name), kind)]
+        if isinstance(stages := record["request"].get("stages"), list):
+            types = typing.get_type_hints(StageRequest)
+            good = [_is_an(stage, types) for stage in stages]
+            wrong += [f"request.stages.{index}" for index, fine in enumerate(good) if not fine]
+            if all(good):
+                record["request"]["stages"] = [StageRequest(**stage) for stage in stages]
         wrong += [
             f"sources.{name}"
             for name in ("model", "weights", "lora", "image")
@@ -77,7 +88,12 @@ def read_record(path: Path) -> dict:
 
 
 def _is_a(value, kind) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, kind) and (not isinstance(value, bool) or bool in typing.get_args(kind))
+
+
+def _is_an(entry, types: dict) -> bool:
+    """Whether this is an object with exactly these entries."""
+    return isinstance(entry, dict) and set(entry) == set(types) and all(_is_a(entry[k], t) for k, t in types.items())
 
 
 def _is_source(source, optional: bool) -> bool:
@@ -113,9 +129,10 @@ def facts(request: Request) -> dict:
     cpu = doctor.processor()
     name = torch.cuda.get_device_name() if request.device == "cuda" else cpu["name"]
     chosen = None
-    if request.attention == "linfusion":
+    op = {"linfusion": "linear_attention", "clear": "window_attention"}.get(request.attention)
+    if op is not None:
         try:
-            chosen = backend.choose("linear_attention", torch.device(request.device), getattr(torch, request.dtype))
+            chosen = backend.choose(op, torch.device(request.device), getattr(torch, request.dtype))
         except ValueError as error:  # one is forced that cannot run here
             raise Problem(line(error)) from error
     return {

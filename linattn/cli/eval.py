@@ -148,6 +148,8 @@ def _run(args: argparse.Namespace) -> int:
     if model.path is None:
         model.path = fetch(model, None, ["*.json"])
     layout = read_layout(model)
+    if not layout.has_unet:
+        raise Problem(f"--model: {model.name} is a {layout.class_name}; this scores Stable Diffusion 1.x, 2.x and XL")
     if args.steps > layout.train_steps:
         raise Problem(f"--steps: expected at most the {layout.train_steps} of this model, got {args.steps}")
     student, chosen = _student(args, model, layout)
@@ -406,7 +408,7 @@ def _try_on(layout, model, source, config: dict | None = None) -> None:
 
     with torch.device("meta"), quiet_diffusers():
         try:
-            unet = UNet2DConditionModel.from_config(layout.unet)
+            unet = UNet2DConditionModel.from_config(layout.denoiser)
             LinFusion.get_default_config(unet)
         except (ValueError, TypeError, RuntimeError) as error:
             raise Problem(f"--model: the UNet of {model.name} cannot be used: {line(error)}") from error

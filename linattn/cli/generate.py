@@ -1,4 +1,4 @@
-"""Draw a picture from a text with linear (or stock) self-attention, offline with the bundled model by default.
+"""Draw a picture from a text with linear, window or stock attention, offline with the bundled model by default.
 
 Beside the picture FILE.png stands FILE.json with everything that made it: all options resolved, digests of the files of
 model and weights, versions, device, scheduler, seeds, times. `--from FILE.json` draws the same picture again, bit for
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -24,10 +25,9 @@ import time
 from pathlib import Path
 
 from linattn._quiet import quiet_diffusers
-from linattn.cli import _attention, _record
+from linattn.cli import _attention, _record, _stages
 from linattn.cli._models import (
     BUNDLED_GUIDANCE,
-    PIPELINES,
     Layout,
     Problem,
     Source,
@@ -47,7 +47,6 @@ HELP = "draw a picture from a text, and a JSON beside it that draws it again"
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 DEFAULTS = {
-    "attention": "linfusion",
     "steps": 25,
     "seed": 0,
     "count": 1,
@@ -68,6 +67,8 @@ examples:
   linattn generate "an astronaut riding a horse on Mars" --model stable-diffusion-v1-5/stable-diffusion-v1-5 \\
       --size 1024 --steps 30 --guidance 7.5
   linattn generate "the same in oil" --model ./my_pipeline --weights ./my_student --image in.png --strength 0.6
+  linattn generate "a tiger in a forest" --model black-forest-labs/FLUX.1-dev --window-size 8 --down-factor 4 \\
+      --size 1024x512 --steps 20 --high-resolution 4096x2048 --stage-guidance 7.5
 """
 
 
@@ -77,15 +78,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME|FOLDER",
-        help="Stable Diffusion 1.x, 2.x or XL: folder, hub name, or name of a bundled model (a folder that has the "
-        "name of a bundled one: ./NAME) [the bundled one]",
+        help="Stable Diffusion 1.x, 2.x, XL or 3, or FLUX: folder, hub name, or name of a bundled model (a folder that "
+        "has the name of a bundled one: ./NAME) [the bundled one]",
     )
-    parser.add_argument("--attention", choices=("linfusion", "stock"), help="self-attention of the UNet [linfusion]")
+    parser.add_argument(
+        "--attention",
+        choices=("linfusion", "clear", "stock"),
+        help="linfusion: linear, for Stable Diffusion 1.x, 2.x and XL; clear: over a window, for FLUX and Stable "
+        "Diffusion 3; stock: the model's own [the one that fits]",
+    )
     parser.add_argument(
         "--weights",
-        metavar="NAME|FOLDER|base|published",
-        help="LinFusion weights: folder or hub name; 'published': those published for the model; 'base': the model's "
-        "own projections, undistilled [for a bundled model its bundled student, else base; for others published]",
+        metavar="NAME|FOLDER|FILE|base|published",
+        help="weights of the attention: folder, hub name, or for clear one file; 'published': those published for the "
+        "model; 'base': the model's own projections, undistilled [for a bundled model its bundled student, for others "
+        "published]",
+    )
+    parser.add_argument(
+        "--window-size",
+        type=int,
+        metavar="N",
+        help="radius of clear's window in tokens (16 pixels of FLUX); chooses among weights [what the weights say]",
+    )
+    parser.add_argument(
+        "--down-factor",
+        type=int,
+        metavar="N",
+        help="clear attends to the rest of the picture pooled by N x N tokens, 1 for not at all [what the weights say]",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw; needs --guidance above 1 [none]")
     parser.add_argument("--steps", type=int, metavar="N", help=f"denoising steps [{DEFAULTS['steps']}]")
@@ -94,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SCALE",
         help=f"how strongly to follow the prompt, 1 or less: no guidance [bundled models {BUNDLED_GUIDANCE:g}, "
-        "Stable Diffusion 7.5, XL 5]",
+        "Stable Diffusion 7.5, XL 5, 3 7; FLUX.1-dev 3.5, schnell none]",
     )
     parser.add_argument("--seed", type=int, metavar="N", help=f"of the first picture [{DEFAULTS['seed']}]")
     parser.add_argument("--size", metavar="N|WxH", help="pixels, N for a square [what the model was trained for]")
@@ -119,7 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
-        help="type of weights and arithmetic [auto: float16 on cuda, float32 on a cpu]",
+        help="type of weights and arithmetic [auto: on cuda float16, bfloat16 for FLUX and Stable Diffusion 3; float32 "
+        "on a cpu]",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help=f"{', '.join(IMAGE_SUFFIXES)}; the JSON beside it [generated.png]"
@@ -133,6 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be the same; other versions or another machine a warning. Only --out goes with it, and for what has moved "
         f"{', '.join('--' + name for name in MAY_CHANGE)}",
     )
+    _stages.add_arguments(parser)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
 
@@ -164,14 +185,15 @@ def _run(args: argparse.Namespace) -> int:
     layout = None
     if model.path is not None:
         layout = read_layout(model)
-        _check_size(request, layout, image)
+        _settle(request, layout, model, image)
     _check_device(request)
 
     revisions = {key: source["revision"] for key, source in (record or {"sources": {}})["sources"].items() if source}
     if layout is None:
         model.path = fetch(model, revisions.get("model"), ["*.json"])
         layout = read_layout(model)
-        _check_size(request, layout, image)
+        _settle(request, layout, model, image)
+    _settle_dtype(request, layout)
     weights = _attention.find(request, model, layout, revisions.get("weights"))
     if model.kind == "hub":
         fetch_pipeline(model)
@@ -186,7 +208,7 @@ def _run(args: argparse.Namespace) -> int:
         differences = [] if record is None else _record.compare(record, sources, facts)
         if differences:
             _say(f"warning: the last bits may differ from the recorded picture: {'; '.join(differences)}")
-        pipe = _load(request, layout, sources)
+        pipe, attention = _load(request, layout, sources)
         _say(_summary(request, layout))
         done = {
             "format": _record.FORMAT,
@@ -196,7 +218,7 @@ def _run(args: argparse.Namespace) -> int:
             "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
             "pictures": [],
         }
-        for picture in _draw(pipe, request, image, files):
+        for picture in _draw(pipe, attention, request, image, files):
             done["pictures"].append(picture)
             # After every picture: what was drawn before Ctrl-C can be drawn again, too.
             _record.write(files.record, done)
@@ -220,19 +242,25 @@ def _request_from(args: argparse.Namespace) -> Request:
 
     if args.prompt is None:
         raise Problem('which prompt? For example: linattn generate "a seven, a two and a four"')
+    stages = _stages.read(args, DEFAULTS["steps"] if args.steps is None else args.steps)
+    if stages is not None and args.image is not None:
+        for option, why in (("strength", "--stage-strength"), ("size", "the sizes of --high-resolution")):
+            if getattr(args, option) is not None:
+                raise Problem(f"--{option}: with --image and --high-resolution only the stages are drawn: use {why}")
     for option, needs in (("strength", "image"), ("lora_scale", "lora")):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             raise Problem(f"--{option.replace('_', '-')} goes with --{needs}, which is not given")
     values = {name: getattr(args, name) for name in _record.names() if hasattr(args, name)}
     values |= {name: default for name, default in DEFAULTS.items() if values[name] is None}
-    if args.image is None:
+    values["stages"] = stages
+    if args.image is None or stages is not None:
         values["strength"] = None
     if args.lora is None:
         values["lora_scale"] = None
     width, height = (None, None) if args.size is None else _parse_size(args.size)
     request = Request(**values | {"width": width, "height": height, "model": args.model or bundled.path().name})
     if request.attention == "stock" and request.weights is not None:
-        raise Problem(f"--weights {request.weights} goes with --attention linfusion, not with stock")
+        raise Problem(f"--weights {request.weights} goes with --attention linfusion or clear, not with stock")
     return request
 
 
@@ -246,7 +274,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _request_again(args: argparse.Namespace, record: dict) -> Request:
     fixed = [name for name in _record.names() if name not in MAY_CHANGE and getattr(args, name, None) is not None]
-    fixed += ["size"] * (args.size is not None)
+    fixed += ["size"] * (args.size is not None) + [name for name in _stages.given(args) if name not in fixed]
     if fixed:
         given = ", ".join(name if name == "prompt" else f"--{name.replace('_', '-')}" for name in fixed)
         raise Problem(
@@ -283,6 +311,8 @@ def _check_values(request: Request) -> None:
                 f"--strength {request.strength:g} of {request.steps} steps is less than one step: "
                 f"use --steps {math.ceil(1 / request.strength)} or more"
             )
+    if request.stages is not None:
+        _stages.check_values(request.stages)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -356,25 +386,29 @@ def _check_installed(request: Request) -> None:
             raise Problem(f"--lora: cannot read {request.lora}: {line(error)}") from error
 
 
-def _check_size(request: Request, layout: Layout, image) -> None:
-    """Fill in the size, and raise where the model cannot draw it (or not in so many steps)."""
-    multiple = layout.multiple
-    if request.width is None and image is not None:
-        request.width, request.height = (max(multiple, round(side / multiple) * multiple) for side in image.size)
-    elif request.width is None:
-        request.width, request.height = layout.width, layout.height
-    near = [
-        sorted({max(multiple, s // multiple * multiple), max(1, -(-s // multiple)) * multiple})
-        for s in (request.width, request.height)
-    ]
-    if [request.width] != near[0] or [request.height] != near[1]:
-        sizes = dict.fromkeys(f"{near[0][i]}x{near[1][i]}" for i in (0, -1))
-        raise Problem(
-            f"--size: width and height must be multiples of {multiple} pixels for this model, got "
-            f"{request.width}x{request.height}; the nearest are {' and '.join(sizes)}"
-        )
+def _settle(request: Request, layout: Layout, model: Source, image) -> None:
+    """Fill in what the model decides (attention, size, stages), and raise for what it cannot draw."""
+    _attention.settle(request, layout)
+    if image is not None and request.stages is not None:
+        before = image.size
+    else:
+        multiple = layout.multiple
+        if request.width is None and image is not None:
+            request.width, request.height = (max(multiple, round(side / multiple) * multiple) for side in image.size)
+        elif request.width is None:
+            request.width, request.height = layout.width, layout.height
+        before = request.width, request.height
+        _stages.check_size("--size", before, layout)
     if request.steps > layout.train_steps:
         raise Problem(f"--steps: expected at most the {layout.train_steps} of this model, got {request.steps}")
+    if request.stages is not None:
+        name = "--image" if image is not None else "the picture before the stages"
+        _stages.settle(request.stages, layout, request.attention, before, name)
+    if request.negative_prompt is not None and layout.class_name == "FluxPipeline":
+        if layout.reads_guidance:
+            raise Problem("--negative-prompt: this FLUX reads its guidance as a number and takes no negative prompt")
+        if request.guidance is None and model.kind != "bundled":
+            raise Problem("--negative-prompt needs --guidance above 1, and this FLUX is drawn without unless told")
 
 
 def _open(path: str):
@@ -395,12 +429,19 @@ def _check_device(request: Request) -> None:
         request.device = "cuda" if torch.cuda.is_available() else "cpu"
     if request.device == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if request.dtype == "auto":
-        request.dtype = "float16" if request.device == "cuda" else "float32"
     if request.device == "cpu" and request.dtype == "float16":
         raise Problem("--dtype float16 is for CUDA devices; on a CPU use float32 or bfloat16")
     if request.device == "cuda" and request.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
         raise Problem(f"--dtype bfloat16: {torch.cuda.get_device_name()} has no bfloat16; use float16 or float32")
+
+
+def _settle_dtype(request: Request, layout: Layout) -> None:
+    import torch
+
+    if request.dtype == "auto":
+        # Transformers were trained in bfloat16, and some of their values are beyond float16.
+        wide = not layout.has_unet and request.device == "cuda" and torch.cuda.is_bf16_supported()
+        request.dtype = "float32" if request.device == "cpu" else "bfloat16" if wide else "float16"
 
 
 # ---------------------------------------------------------------------------------------------------------- records
@@ -426,21 +467,16 @@ def _arithmetic(request: Request, record: dict | None):
 
 
 def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
-    """The pipeline on its device, with its attention and LoRA."""
+    """(the pipeline on its device, with its LoRA, the adapter that is mounted on it or None)."""
     import diffusers
     import torch
     import transformers
 
-    from linattn.adapters import LinFusion
-
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    name = layout.class_name if request.image is None else PIPELINES[layout.class_name]
-    kind, dtype = getattr(diffusers, name), getattr(torch, request.dtype)
-    if request.guidance is None:
-        bundled = sources["model"].kind == "bundled"
-        own = inspect.signature(getattr(diffusers, layout.class_name).__call__).parameters["guidance_scale"].default
-        request.guidance = BUNDLED_GUIDANCE if bundled else own
+    first = layout.class_name if request.image is None or request.stages is not None else layout.kind.img2img
+    kind, dtype = getattr(diffusers, first), getattr(torch, request.dtype)
+    _settle_guidance(request, layout, sources["model"])
     try:
         with quiet_diffusers():
             # Local files only, whatever the model's configs name: all that is needed was fetched before.
@@ -450,20 +486,23 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
         raise_if_memory(error)
         raise Problem(f"--model: cannot load {request.model}: {type(error).__name__}: {line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    if request.attention == "linfusion":
-        weights = sources["weights"]
-        try:
-            with quiet_diffusers():
-                if weights is None:
-                    LinFusion.construct_for(pipe, load_pretrained=False)
-                else:
-                    LinFusion.construct_for(pipe, pretrained_model_name_or_path=str(weights.path))
-        except Exception as error:
-            raise_if_memory(error)
-            raise Problem(f"--weights: cannot use {request.weights}: {type(error).__name__}: {line(error)}") from error
+    attention = _attention.mount(pipe, request, sources["weights"])
     if request.lora is not None:
         _load_lora(pipe, Path(request.lora), request.lora_scale)
-    return pipe
+    return pipe, attention
+
+
+def _settle_guidance(request: Request, layout: Layout, model: Source) -> None:
+    import diffusers
+
+    if request.guidance is None:
+        own = inspect.signature(getattr(diffusers, layout.class_name).__call__).parameters["guidance_scale"].default
+        if layout.class_name == "FluxPipeline" and not layout.reads_guidance:
+            own = 1.0  # distilled to do without, like FLUX.1-schnell
+        request.guidance = BUNDLED_GUIDANCE if model.kind == "bundled" else own
+    for stage in request.stages or ():
+        if stage.guidance is None:
+            stage.guidance = request.guidance
 
 
 def _load_lora(pipe, path: Path, scale: float) -> None:
@@ -481,45 +520,43 @@ def _load_lora(pipe, path: Path, scale: float) -> None:
 
 
 def _summary(request: Request, layout: Layout) -> str:
-    attention = request.attention
-    if attention == "linfusion":
-        undistilled = ", undistilled" if request.weights == "base" else ""
-        attention = f"linfusion attention (weights: {request.weights}{undistilled})"
-    else:
-        attention = "stock attention"
     many = f"{request.count} pictures of " if request.count > 1 else ""
+    size = f"{request.width}x{request.height} pixels" if request.width is not None else "--image"
+    if request.stages is not None:
+        sizes = ", ".join(f"{stage.width}x{stage.height}" for stage in request.stages)
+        first = ", the first with stock attention" if request.base_attention == "stock" else ""
+        size += f" and then {sizes}{first}"
     return (
-        f"{layout.class_name} {request.model}, {attention}: {many}{request.width}x{request.height} pixels, "
-        f"{request.steps} steps, guidance {request.guidance:g}, {request.dtype} on {request.device}"
+        f"{layout.class_name} {request.model}, {_attention.name(request)}: {many}{size}, {request.steps} steps, "
+        f"guidance {request.guidance:g}, {request.dtype} on {request.device}"
     )
 
 
-def _draw(pipe, request: Request, image, files: Files):
+def _draw(pipe, attention, request: Request, image, files: Files):
     """Draw and save one picture after the other; yields the part of the record that belongs to each."""
     import torch
     from tqdm.auto import tqdm
 
-    options = {"num_inference_steps": request.steps, "guidance_scale": request.guidance, "output_type": "np"}
-    if image is None:
-        options |= {"width": request.width, "height": request.height}
-    else:
-        if image.size != (request.width, request.height):
-            image = image.resize((request.width, request.height))  # bicubic
-        options |= {"image": image, "strength": request.strength}
+    draw = _drawing(pipe, attention, request, image)
+    # Steps of each call that draws a picture; some schedulers need one more, and image to image does a part of them.
+    plan = [request.steps] * (request.stages is None or image is None)
+    plan += [math.ceil(stage.steps * stage.strength) for stage in request.stages or ()]
 
     def wait():
         if request.device == "cuda":
             torch.cuda.synchronize()
 
-    with tqdm(total=request.count * request.steps, unit="step", disable=None, file=sys.stderr) as bar:
+    with tqdm(total=request.count * sum(plan), unit="step", disable=None, file=sys.stderr) as bar:
         for number, path in enumerate(files.pictures):
             bar.set_description(f"drawing {number + 1}/{request.count}" if request.count > 1 else "drawing")
-            ends = []
+            ends, call = [], itertools.count()
 
-            def after_step(pipe, step, timestep, tensors, ends=ends):
+            def after_step(pipe, step, timestep, tensors, ends=ends, call=call):
                 wait()
                 ends.append(time.perf_counter())
-                bar.total = request.count * pipe.num_timesteps  # some schedulers need a step more, img2img fewer
+                if step == 0:
+                    plan[next(call)] = pipe.num_timesteps
+                    bar.total = request.count * sum(plan)
                 bar.update()
                 return tensors
 
@@ -528,13 +565,7 @@ def _draw(pipe, request: Request, image, files: Files):
             wait()
             start = time.perf_counter()
             try:
-                drawn = pipe(
-                    request.prompt,
-                    negative_prompt=request.negative_prompt,
-                    generator=torch.Generator().manual_seed(seed),
-                    callback_on_step_end=after_step,
-                    **options,
-                )
+                drawn = draw(torch.Generator().manual_seed(seed), after_step)
             except (RuntimeError, ValueError) as error:
                 raise_if_memory(error)
                 raise
@@ -555,6 +586,42 @@ def _draw(pipe, request: Request, image, files: Files):
                 "seconds_per_step": round(statistics.median(steps), 5),
                 "pixels_sha256": pixels,
             }
+
+
+def _drawing(pipe, attention, request: Request, image):
+    """The call that draws one picture: (generator, callback after each step) -> what the pipeline returns."""
+    from linattn.evaluate import call_arguments
+    from linattn.pipelines import high_resolution
+
+    def guided(scale: float) -> dict:
+        options = call_arguments(pipe, 1, scale)
+        if request.negative_prompt is not None:
+            options["negative_prompt"] = request.negative_prompt
+        return options
+
+    options = guided(request.guidance) | {"num_inference_steps": request.steps}
+    size = {"width": request.width, "height": request.height}
+    if request.stages is not None:
+        options |= {
+            "stages": [_stages.for_helper(stage, **guided(stage.guidance)) for stage in request.stages],
+            "attention": attention,
+            "attention_in_base": request.base_attention == "same",
+            **(size if image is None else {"image": image}),
+        }
+        pipe = functools.partial(high_resolution, pipe)
+    elif image is None:
+        options |= size
+    else:
+        if image.size != (request.width, request.height):
+            image = image.resize((request.width, request.height))  # bicubic
+        options |= {"image": image, "strength": request.strength}
+        if "height" in inspect.signature(type(pipe).__call__).parameters:
+            options |= size
+
+    def draw(generator, after_step):
+        return pipe(request.prompt, generator=generator, callback_on_step_end=after_step, output_type="np", **options)
+
+    return draw
 
 
 def _to_picture(drawn, path: Path):

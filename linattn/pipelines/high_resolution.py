@@ -144,13 +144,13 @@ def high_resolution(
             raise ValueError("height, width and base_options are those of a first picture, and image= replaces it")
         images = [image] if isinstance(image, Image.Image) else image
         _check_sizes(sibling, stages, _checked_image(sibling, images, stages[0]), "image")
+    # Said in every call: text to image and image to image differ in what they do unasked.
+    unasked = inspect.signature(type(base if image is None else sibling).__call__).parameters
     common = {"prompt": prompt, **options}
-    if num_inference_steps is not None:
-        common["num_inference_steps"] = num_inference_steps
-    if guidance_scale is not None:
-        common["guidance_scale"] = guidance_scale
+    for name, given in (("num_inference_steps", num_inference_steps), ("guidance_scale", guidance_scale)):
+        common[name] = unasked[name].default if given is None else given
     for index, stage in enumerate(stages):
-        _check_schedule(sibling, f"stages[{index}]", stage, num_inference_steps)
+        _check_schedule(sibling, f"stages[{index}]", stage, common["num_inference_steps"])
 
     denoiser = _denoiser(pipe)
     before = []
@@ -345,10 +345,8 @@ def _check_size(pipe, where: str, height: int, width: int) -> None:
             )
 
 
-def _check_schedule(sibling, where: str, stage: Stage, steps: int | None) -> None:
+def _check_schedule(sibling, where: str, stage: Stage, steps: int) -> None:
     steps = stage.num_inference_steps or steps
-    if steps is None:
-        steps = inspect.signature(type(sibling).__call__).parameters["num_inference_steps"].default
     if int(steps * stage.strength) < 1:
         raise ValueError(
             f"{where}: strength={stage.strength} of {steps} steps is less than one step: give "
