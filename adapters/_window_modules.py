@@ -224,6 +224,7 @@ class _WindowAttention:
             "op": "window_attention",
             "adapter": "CLEAR",
             "options": {"radius": self.radius, "text_first": self.text_first, **pooled},
+            "shown": ("radius", *pooled),
             "mask": False,
             "processor": WindowAttnProcessor,
             "heads": self.heads,

@@ -11,6 +11,7 @@ that returns a dict:
     "op"          name of the op as in torch.ops.linattn, e.g. "linear_attention"
     "adapter"     who mounted it, e.g. "LinFusion"
     "options"     keyword arguments of the op that never change, e.g. {"feature_map": "elu1"} (optional)
+    "shown"       those options that the text names, beside the op (optional)
     "mask"        False where an attention_mask is refused (optional)
     "processor"   the processor class that the layer needs; with any other the weights are not what they are run as
                   (optional)
@@ -46,7 +47,7 @@ class AttentionLayer:
         heads, head_dim: None where the layer does not say.
         dtype: what it computes in; storage: what its weights are kept in, where that is another type.
         device: where it runs (an offloaded layer: where it will).
-        options: what the op is called with.
+        options: what the op is called with; shown: the names of those in the text.
         backend: the linattn backend that would run; None for other attention, and where a forced one cannot.
         why_not: backend -> reason, for those that are preferred to `backend`.
         attention_backend: what diffusers' `set_attention_backend` does here: "honoured: NAME" or "no effect".
@@ -65,6 +66,7 @@ class AttentionLayer:
     storage: str | None
     device: str | None
     options: dict = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
     backend: str | None = None
     why_not: dict = field(default_factory=dict)
     attention_backend: str = "no effect"
@@ -206,6 +208,7 @@ def _layer(name: str, module: nn.Module, parents: list[nn.Module], spec: dict | 
             )
     else:
         facts |= {"runs": spec["op"], "by": spec["adapter"], "options": dict(spec.get("options", {}))}
+        facts["shown"] = tuple(spec.get("shown", ()))
         facts |= _backend(spec["op"], device, dtype, warnings)
         if not spec.get("mask", True):
             warnings.append("no attention mask: a call with one raises")
@@ -325,7 +328,8 @@ def _plugins(module: nn.Module, parents: list[nn.Module]) -> Iterator[str]:
             found["parametrized weights"] += 1
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             found["hooks"] += 1
-    if hasattr(getattr(module, "processor", None), "to_k_ip"):
+    # A mounted module that keeps its processor holds the adapter's beside it.
+    if any(hasattr(getattr(module, holder, None), "to_k_ip") for holder in ("processor", "ip_adapter")):
         found["IP-Adapter"] += 1
     for name in _diffusers_hooks(module):
         found[f"diffusers hook {name}"] += 1
@@ -366,6 +370,7 @@ def _describe(layers: list[AttentionLayer]) -> list[str]:
     kind = f"{first.kind} " if first.kind else ""
     lines = [f"  {_count(len(layers), kind + 'layer')}: {text} (heads x head dim), e.g. {first.name}"]
     what = f"{first.runs} ({first.by})" if first.runs != "unknown" else f"unknown: {first.by}"
+    what = ", ".join([what, *(f"{name} {first.options[name]}" for name in first.shown)])
     stored = f", stored as {first.storage}" if first.storage else ""
     where = f"{first.dtype or 'no dtype'}{stored} on {first.device or 'no device'}"
     backend = f"backend {first.backend}" if first.backend else None

@@ -16,9 +16,10 @@ pytest.importorskip("diffusers", reason='the models are diffusers\': pip install
 
 from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import linattn.bundled
-from linattn.adapters import LinearAttnProcessor, LinFusion
+from linattn.adapters import CLEAR, LinearAttnProcessor, LinFusion
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
@@ -319,6 +320,33 @@ def test_the_bundled_pipeline_is_reported():
     LinFusion.construct_for(pipe, load_pretrained=False)
     linear = [x.name for x in linattn.report(pipe).layers if x.runs == "linear_attention"]
     assert linear == [x.name for x in before.layers if x.name.startswith("unet.") and x.kind == "self"]
+
+
+def test_layers_of_clear_say_their_window_their_pooling_and_the_backend_of_their_op():
+    flux = small_flux()
+    names = [x.name for x in linattn.report(flux).layers]
+    clear = CLEAR.construct_for(flux, 8, 4, layers=[1], load_pretrained=False)
+    dense, window = linattn.report(flux).layers
+    assert [dense.name, window.name] == names
+    assert (dense.runs, dense.options) == ("softmax", {})
+    assert (window.runs, window.by, window.shape) == ("window_attention", "CLEAR", "2x8")
+    assert window.options == {"radius": 8, "text_first": True, "down_factor": 4}
+    assert window.backend == backends.choose("window_attention", torch.device("cpu"), torch.float32)
+    assert "window_attention (CLEAR), radius 8, down_factor 4, float32 on cpu" in str(linattn.report(flux))
+    clear.unmount()
+    CLEAR.construct_for(flux, 2, load_pretrained=False)
+    assert "window_attention (CLEAR), radius 2, float32 on cpu" in str(linattn.report(flux))
+    with linattn.use_backend("reference"):
+        assert {x.backend for x in linattn.report(flux).layers} == {"reference"}
+
+
+def test_an_ip_adapter_beside_a_window_is_seen():
+    flux = small_flux()
+    CLEAR.construct_for(flux, 2, load_pretrained=False)
+    attention = flux.transformer_blocks[0].attn
+    attention.set_processor(FluxIPAdapterAttnProcessor(hidden_size=16, cross_attention_dim=16))
+    double, single = linattn.report(flux).layers
+    assert (double.runs, double.plugins, single.plugins) == ("window_attention", ("IP-Adapter",), ())
 
 
 def test_compilation_changes_no_name():
