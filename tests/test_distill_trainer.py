@@ -32,6 +32,7 @@ from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from linattn import bundled
 from linattn.adapters import CLEAR, LinFusion
 from linattn.cli import main
 from linattn.cli.distill import resolve
@@ -864,12 +865,15 @@ def test_mistakes_are_one_clear_line_and_exit_status_one(folders, tmp_path, caps
     assert message in err and "Traceback" not in err
 
 
-def test_canvases_written_by_the_example_train_the_bundled_model(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("name", "model"), [("linfusion_tiny_sd", "tiny_sd"), ("clear_tiny_flux", "tiny_flux")])
+def test_canvases_written_by_the_example_train_the_bundled_model(tmp_path, capsys, monkeypatch, name, model):
     """The commands of docs/distillation.md, with three steps."""
     pytest.importorskip("sklearn", reason='the digits need the extra: pip install "linattn[train]"')
+    if model not in bundled.names():
+        pytest.skip(f"{model} is not bundled yet")
     root = Path(__file__).resolve().parents[1]
     commands = re.findall(
-        r"^    (python examples/write_canvases.py .*|linattn distill linfusion_tiny_sd .*)$",
+        rf"^    (python examples/write_canvases.py .*|linattn distill {name} .*)$",
         (root / "docs" / "distillation.md").read_text(),
         re.MULTILINE,
     )
