@@ -6,55 +6,58 @@ A Stable Diffusion of stock diffusers and transformers classes that draws severa
 the prompt names (linattn.bundled.canvases), and its LinFusion student, distilled by `linattn distill`:
 
 1. vae        an autoencoder for canvases, 8 x 8 pixels per latent as in Stable Diffusion;
-2. cells      every training scan, written with several pens, as the latents of one cell: canvases are pasted together
-              from them, so that the next stage sees a new canvas every time without running the autoencoder;
+2. cells      training scans, written with several pens, as the latents of one cell: canvases are pasted together from
+              them, so that the next stage sees a new canvas every time without running the autoencoder;
 3. diffusion  a CLIP tokenizer, a CLIP text encoder and a UNet, trained together: first on single cells, where words get
               their meaning in minutes, then on whole canvases;
 4. pipeline   written in float16, as a user loads it;
 5. student    linear attention for it: `linattn distill linfusion_tiny_sd`;
 6. scores     both, and the controls, as `linattn eval` gives them; they go into the card.json of both.
 
-Each stage ends in one folder under --work that appears at once (written aside, then renamed): a run that was killed
-starts again with the stage that it did not finish, and the long ones inside it where their last checkpoint stands.
-Numbers of steps are fixed, not times, so that the same command trains the same model on a slow machine; the last bits
-still depend on the machine.
+A run that was killed goes on where it was, see tiny_training.py.
 """
 
-import argparse
 import dataclasses
-import datetime
 import json
+import math
 import os
 import pathlib
-import platform
 import random
-import shutil
 import sys
-import tempfile
-import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing is to be looked up
 
-import diffusers
 import numpy as np
 import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from tiny_training import (
+    CHECKPOINT_EVERY,
+    Delivery,
+    Progress,
+    Stages,
+    clean_configs,
+    generators,
+    load_checkpoint,
+    run_script,
+    save_checkpoint,
+    say,
+    use_everywhere,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from linattn import evaluate
 from linattn.adapters import LinFusion
 from linattn.bundled import canvases, digits
-from linattn.cli.eval import load_pipeline, tables, variants
+from linattn.cli._variants import TITLES, variants
+from linattn.cli.eval import load_pipeline, tables
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MODEL, STUDENT = "tiny_sd", "tiny_sd_linfusion"
-CHECKPOINT_EVERY = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +66,14 @@ class Recipe:
 
     seed: int = 0
     vae_steps: int = 260
-    cell_steps: int = 500
-    canvas_steps: int = 2500
+    cell_steps: int = 400
+    canvas_steps: int = 2050
     student_steps: int = 450
     vae_batch: int = 8
     cell_batch: int = 64
     batch: int = 32
     vae_channels: tuple[int, ...] = (16, 32, 32, 64)  # four levels: f = 8
+    latent_std: float = 0.6
     unet_channels: tuple[int, ...] = (32, 96)
     heads: int = 2
     text_width: int = 64
@@ -80,6 +84,7 @@ class Recipe:
     caption_drop: float = 0.1  # share of empty captions: classifier-free guidance needs them
     lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 4)  # digits on a canvas: one of these, drawn evenly
     pens: int = 16
+    written: int = 360  # cells that each pen writes for canvases of one digit, of two, and so on
     train_scans: int | None = None  # None: all
     student_canvases: int = 2000
     score_count: int = 100  # pictures per set of orders
@@ -100,6 +105,7 @@ SMOKE = Recipe(
     text_width=16,
     text_layers=1,
     pens=2,
+    written=120,
     train_scans=120,
     student_canvases=4,
     score_count=2,
@@ -107,37 +113,11 @@ SMOKE = Recipe(
 )
 
 
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
-
-
 def training_scans(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Real digits that training may see, and what they are."""
     split = digits.load()
     count = recipe.train_scans or len(split.train)
     return split.train[:count], split.train_labels[:count]
-
-
-def generators(seed: int) -> tuple[torch.Generator, random.Random]:
-    """The two sources of chance of a stage: tensors, and everything else."""
-    torch.manual_seed(seed)  # of the weights
-    return torch.Generator().manual_seed(seed), random.Random(seed)
-
-
-class Progress:
-    """Prints the mean loss and the time that is left, about twenty times per stage."""
-
-    def __init__(self, name: str, steps: int, done: int = 0):
-        self.name, self.steps, self.every, self.before = name, steps, max(1, steps // 20), done
-        self.start, self.losses = time.perf_counter(), []
-
-    def step(self, done: int, loss: torch.Tensor) -> None:
-        self.losses.append(loss.detach())
-        if done % self.every == 0 or done == self.steps:
-            passed = time.perf_counter() - self.start
-            mean, left = torch.stack(self.losses).mean(), passed / (done - self.before) * (self.steps - done)
-            say(f"{self.name}: step {done}/{self.steps}  loss {mean:.4f}  {passed:.0f} s, {left:.0f} s left")
-            self.losses.clear()
 
 
 # --- 1. autoencoder ---------------------------------------------------------------------------------------------------
@@ -186,7 +166,9 @@ def train_vae(recipe: Recipe, out: pathlib.Path) -> dict:
     with torch.no_grad():
         latents = torch.cat([vae.encode(part * 2 - 1).latent_dist.mode() for part in real.split(10)])
         back = torch.cat([vae.decode(part).sample for part in latents.split(10)]) / 2 + 0.5
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    # Less than the usual 1: the scheduler's noise then covers more of a picture for longer, and it is there that layout
+    # and words are decided.
+    vae.register_to_config(scaling_factor=recipe.latent_std / latents.std().item())
     settle(vae)
     vae.save_pretrained(out)
     return {
@@ -211,12 +193,16 @@ def settle(vae: AutoencoderKL) -> None:
 
 
 def encode_cells(recipe: Recipe, out: pathlib.Path, vae_folder: pathlib.Path) -> dict:
-    """cells.safetensors: the latents of every scan with every pen, and of empty cells beside written ones."""
+    """cells.safetensors: latents of written and of empty cells, by pen and by how many digits their canvas had.
+
+    The encoder normalises over the whole canvas: the latents of a digit are weaker the more there are beside it. What
+    is pasted together again must therefore come from canvases with as many.
+    """
     rng, words = generators(recipe.seed + 1)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().to(memory_format=torch.channels_last)
     scans, labels = training_scans(recipe)
+    labels = torch.as_tensor(labels)
     pens = canvases.make_pens(recipe.pens, rng)
-    whole = len(scans) // canvases.CELLS * canvases.CELLS  # the scans that fill canvases without a rest
 
     def encode(cells: torch.Tensor) -> torch.Tensor:
         pictures = canvases.join(cells).contiguous(memory_format=torch.channels_last) * 2 - 1
@@ -224,31 +210,25 @@ def encode_cells(recipe: Recipe, out: pathlib.Path, vae_folder: pathlib.Path) ->
             latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(16)])
         return canvases.cut(latents * vae.config.scaling_factor)
 
-    written, empty = [], []
-    for pen in range(recipe.pens):
-        order = torch.randperm(len(scans), generator=rng)[:whole]
-        cells = canvases.draw_cells(scans[order], pens, torch.full((whole,), pen), rng)
-        latents = encode(cells.unflatten(0, (-1, canvases.CELLS))).flatten(0, 1)
-        in_place = torch.zeros(len(scans), *latents.shape[1:])
-        in_place[order] = latents
-        written.append(in_place)
-        # A latent knows a little of its neighbours, so empty cells are taken from between written ones.
-        sparse = torch.ones(16, canvases.CELLS, *cells.shape[1:])
-        used = torch.zeros(sparse.shape[:2], dtype=torch.bool)
-        for row in used:
-            row[list(words.choice(canvases.LAYOUTS[canvases.LONGEST]))] = True
-        sparse[used] = cells[torch.randint(whole, (int(used.sum()),), generator=rng)]
-        empty.append(encode(sparse)[~used])
-    complete = torch.stack(written).flatten(2).abs().sum(-1).gt(0).all(0)  # scans that no pen left out
-    safetensors.torch.save_file(
-        {
-            "written": torch.stack(written)[:, complete].contiguous(),
-            "empty": torch.stack(empty),
-            "labels": torch.as_tensor(labels)[complete],
-        },
-        out / "cells.safetensors",
-    )
-    return {"scans": int(complete.sum()), "pens": recipe.pens}
+    tensors = {}
+    for count in range(1, canvases.LONGEST + 1):
+        written, empty, of = [], [], []
+        per_pen = math.ceil(recipe.written / count)  # canvases
+        for pen in range(recipe.pens):
+            used = torch.zeros(per_pen, canvases.CELLS, dtype=torch.bool)
+            for row in used:
+                row[list(words.choice(canvases.LAYOUTS[count]))] = True
+            choice = torch.randint(len(scans), (per_pen * count,), generator=rng)
+            cells = torch.ones(per_pen, canvases.CELLS, 3, canvases.CELL, canvases.CELL)
+            cells[used] = canvases.draw_cells(scans[choice], pens, torch.full_like(choice, pen), rng)
+            latents = encode(cells)
+            written.append(latents[used])
+            empty.append(latents[~used][: recipe.written])
+            of.append(labels[choice])
+        tensors |= {f"{count}.written": torch.stack(written), f"{count}.empty": torch.stack(empty)}
+        tensors[f"{count}.labels"] = torch.stack(of)
+    safetensors.torch.save_file(tensors, out / "cells.safetensors")
+    return {"written": sum(len(of.flatten()) for name, of in tensors.items() if name.endswith("labels"))}
 
 
 class Cells:
@@ -256,23 +236,36 @@ class Cells:
 
     def __init__(self, folder: pathlib.Path):
         tensors = safetensors.torch.load_file(folder / "cells.safetensors")
-        self.written, self.empty = tensors["written"], tensors["empty"]
-        self.scans_of = [torch.where(tensors["labels"] == digit)[0].tolist() for digit in range(10)]
+        counts = range(1, canvases.LONGEST + 1)
+        self.written = {n: tensors[f"{n}.written"] for n in counts}  # (pen, cell, 4, height, width)
+        self.empty = {n: tensors[f"{n}.empty"] for n in counts}
+        self.cells_of = {  # [digits on the canvas][pen][digit]: numbers of cells
+            n: [[torch.where(of == digit)[0].tolist() for digit in range(10)] for of in tensors[f"{n}.labels"]]
+            for n in counts
+        }
+
+    def digit(self, digit: int, count: int, pen: int, words: random.Random) -> torch.Tensor:
+        """A cell with this digit, from a canvas of ``count`` digits: (4, cell height, cell width)."""
+        return self.written[count][pen, words.choice(self.cells_of[count][pen][digit])]
 
     def single(self, orders: list[canvases.Order], words: random.Random) -> torch.Tensor:
-        """One cell for each order of one digit: (n, 4, cell height, cell width)."""
-        pens = len(self.written)
-        return torch.stack([self.written[words.randrange(pens), words.choice(self.scans_of[d])] for (d,) in orders])
+        """One cell for each order of one digit, as on any canvas: (n, 4, cell height, cell width)."""
+        pens = len(self.written[1])
+        counts = list(self.written)
+        return torch.stack([self.digit(d, words.choice(counts), words.randrange(pens), words) for (d,) in orders])
 
     def paste(self, orders: list[canvases.Order], words: random.Random) -> torch.Tensor:
         """Whole canvases: one pen each, any layout, any scans of the digits: (n, 4, height, width)."""
-        pens, blanks = self.empty.shape[:2]
-        pen = [words.randrange(pens) for _ in orders]
-        cells = torch.stack([self.empty[p, [words.randrange(blanks) for _ in range(canvases.CELLS)]] for p in pen])
-        for i, order in enumerate(orders):
-            for digit, cell in zip(order, words.choice(canvases.LAYOUTS[len(order)]), strict=True):
-                cells[i, cell] = self.written[pen[i], words.choice(self.scans_of[digit])]
-        return canvases.join(cells)
+        canvas = []
+        for order in orders:
+            count = len(order)
+            pens, blanks = self.empty[count].shape[:2]
+            pen = words.randrange(pens)
+            cells = self.empty[count][pen, [words.randrange(blanks) for _ in range(canvases.CELLS)]]
+            for digit, cell in zip(order, words.choice(canvases.LAYOUTS[count]), strict=True):
+                cells[cell] = self.digit(digit, count, pen, words)
+            canvas.append(cells)
+        return canvases.join(torch.stack(canvas))
 
 
 # --- 3. text and diffusion --------------------------------------------------------------------------------------------
@@ -307,11 +300,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, out: pathlib.Path) -> None:
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids
 
 
@@ -419,32 +408,6 @@ def train_diffusion(recipe: Recipe, out: pathlib.Path, vae_folder: pathlib.Path,
     }
 
 
-def save_checkpoint(
-    path: pathlib.Path, recipe: Recipe, kept: dict, rng: torch.Generator, words: random.Random, step: int
-) -> None:
-    """Everything that the next step depends on, in one file that is whole or absent."""
-    state = {name: thing.state_dict() for name, thing in kept.items()}
-    state |= {"recipe": repr(recipe), "step": step, "rng": rng.get_state(), "words": words.getstate()}
-    fresh = path.with_name(path.name + ".fresh")
-    torch.save(state, fresh)
-    os.replace(fresh, path)
-
-
-def load_checkpoint(path: pathlib.Path, recipe: Recipe, kept: dict, rng: torch.Generator, words: random.Random) -> int:
-    """Go on where a run of the same recipe was stopped; the number of steps that it had done."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    if state["recipe"] != repr(recipe):
-        return 0
-    for name, thing in kept.items():
-        thing.load_state_dict(state[name])
-    rng.set_state(state["rng"])
-    words.setstate(state["words"])
-    say(f"diffusion: going on after step {state['step']}")
-    return state["step"]
-
-
 def save_pipeline(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
     pipe.save_pretrained(out)
     save_tokenizer(pipe.tokenizer, out / "tokenizer")
@@ -456,36 +419,15 @@ def save_pipeline(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
 def write_half(pipe: StableDiffusionPipeline, out: pathlib.Path) -> None:
     """The pipeline as float16 files, which load as float32 unless a torch_dtype is asked for."""
     save_pipeline(pipe.to(torch.float16), out)
-    # transformers 5 takes the precision of the weights from this entry; diffusers' parts are float32 by default. Half a
-    # pipeline in each would not run.
-    config = out / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text())
-    settings["dtype"] = "float32"
-    config.write_text(json.dumps(settings, indent=2) + "\n")
-    # transformers 5 drops the prefix that every published text encoder has, and reads both; older versions insist on
-    # it (without it they draw from random weights, with a warning).
-    weights = out / "text_encoder" / "model.safetensors"
-    tensors = safetensors.torch.load_file(weights)
-    tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-    clean_configs(out)
+    use_everywhere(out, ["text_encoder"])
 
 
-def clean_configs(folder: pathlib.Path) -> None:
-    """How and from where this process had loaded the parts says nothing to a user."""
-    for config in [*folder.glob("model_index.json"), *folder.rglob("*config.json")]:
-        settings = json.loads(config.read_text())
-        kept = {k: v for k, v in settings.items() if k not in ("_name_or_path", "is_local", "local_files_only")}
-        if kept != settings:
-            config.write_text(json.dumps(kept, indent=2) + "\n")
-
-
-def train_student(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Path) -> dict:
-    """Linear attention for the pipeline, by the trainer that users have; its run is kept beside the stages."""
+def distill(name: str, adapter: type, recipe, out: pathlib.Path, pipeline_folder: pathlib.Path, **options) -> dict:
+    """A student of the pipeline, by a recipe of the trainer that users have; its run is kept beside the stages."""
     from linattn.distill import Trainer
     from linattn.distill import recipe as recipes
 
-    run = out.parent / "student.run"
+    run = out.parent / f"{out.name.strip('.').partition('-')[0]}.run"
     pictures = run / "canvases"
     canvases.write_folder(pictures, recipe.student_canvases, seed=recipe.seed, train_scans=recipe.train_scans)
     settings = {
@@ -495,27 +437,37 @@ def train_student(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Pa
         "training.warmup_steps": min(50, recipe.student_steps // 4),
         "training.seed": recipe.seed,
         "output.folder": run / "run",
+        **options,
     }
     overrides = [f"{key}={json.dumps(str(v)) if isinstance(v, pathlib.Path) else v}" for key, v in settings.items()]
-    trainer = Trainer(recipes.load("linfusion_tiny_sd", overrides), LinFusion, say=say)
+    trainer = Trainer(recipes.load(name, overrides), adapter, say=say)
     final = trainer.run()
-    student = LinFusion.from_pretrained(final, torch_dtype=torch.float16)
+    student = adapter.from_pretrained(final, torch_dtype=torch.float16)
     student.save_pretrained(out)
     clean_configs(out)
     return {"parameters": sum(p.numel() for p in student.parameters())}
 
 
+def train_student(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Path) -> dict:
+    return distill("linfusion_tiny_sd", LinFusion, recipe, out, pipeline_folder)
+
+
 def score(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Path, student_folder: pathlib.Path) -> dict:
-    """Teacher, controls and student, as `linattn eval` scores them: scores.json has all, the report a summary."""
+    """Teacher, controls and student."""
+    return score_variants(recipe, out, pipeline_folder, variants(student_folder), TITLES)
+
+
+def score_variants(recipe, out: pathlib.Path, pipeline_folder: pathlib.Path, ways: dict, titles: dict) -> dict:
+    """What `linattn eval` says of these variants: scores.json has all, the report a summary."""
     result = evaluate.evaluate_canvases(
         load_pipeline(pipeline_folder),
-        variants(student_folder),
+        ways,
         n=recipe.score_count,
         steps=recipe.score_steps,
         guidance_scale=recipe.score_guidance,
         progress=lambda name, done, total: say(f"scores: {name}, picture {done} of {total}"),
     )
-    print(tables(result))
+    print(tables(result, titles))
     scores = result.to_json()
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     return {
@@ -527,62 +479,19 @@ def score(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Path, stud
 
 
 # What each stage depends on, besides everything that the stages before it depend on.
-FIELDS = {
-    "vae": ("seed", "train_scans", "vae_steps", "vae_batch", "vae_channels"),
-    "cells": ("pens",),
-    "diffusion": (
-        *("cell_steps", "canvas_steps", "cell_batch", "batch", "unet_channels", "heads", "text_width", "text_layers"),
-        *("prompt_tokens", "rate", "ema_decay", "caption_drop", "lengths"),
-    ),
-    "pipeline": (),
-    "student": ("student_steps", "student_canvases"),
-    "scores": ("score_count", "score_steps", "score_guidance"),
-}
-
-
-def part_of(recipe: Recipe, stage: str) -> dict:
-    """What decides the outcome of a stage, as JSON knows it."""
-    names = list(FIELDS)
-    relevant = [field for name in names[: names.index(stage) + 1] for field in FIELDS[name]]
-    return json.loads(json.dumps({field: getattr(recipe, field) for field in relevant}))
-
-
-def finished_stage(folder: pathlib.Path, recipe: Recipe) -> dict | None:
-    """What the stage in this folder reported, if it was finished with the same recipe."""
-    try:
-        stage = json.loads((folder / "stage.json").read_text())
-    except FileNotFoundError:
-        return None
-    return stage["report"] if stage["recipe"] == part_of(recipe, folder.name) else None
-
-
-def publish(fresh: pathlib.Path, final: pathlib.Path) -> None:
-    """Put a complete folder in the place of an older one."""
-    if final.exists():
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        fresh.rename(final)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(final)
-
-
-def run_stage(name: str, recipe: Recipe, work: pathlib.Path, train, *inputs: pathlib.Path) -> dict:
-    folder = work / name
-    report = finished_stage(folder, recipe)
-    if report is not None:
-        say(f"{name}: done already ({folder})")
-        return report
-    fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=work))
-    start = time.perf_counter()
-    report = train(recipe, fresh, *inputs)
-    report = {"seconds": round(time.perf_counter() - start, 1), **report}
-    stage = {"recipe": part_of(recipe, name), "report": report}
-    (fresh / "stage.json").write_text(json.dumps(stage, indent=2) + "\n")
-    publish(fresh, folder)
-    say(f"{name}: done in {report['seconds']:.0f} s")
-    return report
+STAGES = Stages(
+    {
+        "vae": ("seed", "train_scans", "vae_steps", "vae_batch", "vae_channels", "latent_std"),
+        "cells": ("pens", "written"),
+        "diffusion": (
+            *("cell_steps", "canvas_steps", "cell_batch", "batch", "unet_channels", "heads", "text_width"),
+            *("text_layers", "prompt_tokens", "rate", "ema_decay", "caption_drop", "lengths"),
+        ),
+        "pipeline": (),
+        "student": ("student_steps", "student_canvases"),
+        "scores": ("score_count", "score_steps", "score_guidance"),
+    }
+)
 
 
 def write_pipeline(recipe: Recipe, out: pathlib.Path, diffusion_folder: pathlib.Path) -> dict:
@@ -590,112 +499,29 @@ def write_pipeline(recipe: Recipe, out: pathlib.Path, diffusion_folder: pathlib.
     return {}
 
 
-def deliver(stage: pathlib.Path, out: pathlib.Path, card: dict) -> None:
-    """A finished stage as a folder to use: its files and a card, and nothing of this machine."""
-    fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    shutil.copytree(stage, fresh, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json"))
-    (fresh / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    for path in (fresh, *fresh.rglob("*")):  # mkdtemp's folders and the writers of weights are private
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    publish(fresh, out)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    say(f"wrote {out}: {size / 1e6:.2f} MB")
-
-
-def command_line(args: argparse.Namespace, changed: dict) -> str:
-    """The command that makes these models again: everything that matters to them, and no folder of this machine."""
-    words = [f"python examples/train_tiny_sd.py --out DIR --seed {args.seed} --threads {args.threads}"]
-    words += [f"--set {name}={value}" for name, value in changed.items()]
-    return " ".join(words + ["--smoke"] * args.smoke)
+PLAN = {
+    "vae": (train_vae,),
+    "cells": (encode_cells, "vae"),
+    "diffusion": (train_diffusion, "vae", "cells"),
+    "pipeline": (write_pipeline, "diffusion"),
+    "student": (train_student, "pipeline"),
+    "scores": (score, "pipeline", "student"),
+}
+DELIVERIES = {
+    MODEL: Delivery(
+        "pipeline",
+        ("vae", "cells", "diffusion", "pipeline"),
+        "Stable Diffusion of stock diffusers classes, trained from scratch on canvases of handwritten digits "
+        "(linattn.bundled.canvases)",
+    ),
+    STUDENT: Delivery(
+        "student", ("student",), f"LinFusion for {MODEL}, distilled by linattn distill linfusion_tiny_sd"
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="where the two folders are written (replaced)")
-    parser.add_argument("--work", type=pathlib.Path, help="where stages are kept (default: OUT.stages beside it)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of Recipe, in JSON"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--until", choices=list(FIELDS), help="stop after this stage")
-    parser.add_argument("--note", default="", help="words for card.json, for example that the machine was busy")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, two steps per stage: shows that it runs")
-    args = parser.parse_args(arguments)
-
-    if int(transformers.__version__.split(".")[0]) < 5:
-        parser.error(
-            f"training needs transformers 5 or newer, this is {transformers.__version__} (the result does not)"
-        )
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    changed = {}
-    for setting in args.set:
-        name, _, value = setting.partition("=")
-        if name not in known:
-            parser.error(f"--set {setting}: there is no {name!r}; fields: {', '.join(sorted(known))}")
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            parser.error(f"--set {setting}: expected a value in JSON, got {value!r}")
-        changed[name] = tuple(value) if isinstance(value, list) else value
-    recipe = dataclasses.replace(SMOKE if args.smoke else Recipe(), seed=args.seed, **changed)
-    out = args.out.resolve()
-    work = (args.work or out.with_name(out.name + ".stages")).resolve()
-    for folder in (work, out):
-        folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in [*work.glob(".*-*"), *out.glob(".*-*")]:
-        shutil.rmtree(unfinished)  # of a run that was killed
-    torch.set_num_threads(args.threads)
-
-    plan = {
-        "vae": (train_vae,),
-        "cells": (encode_cells, work / "vae"),
-        "diffusion": (train_diffusion, work / "vae", work / "cells"),
-        "pipeline": (write_pipeline, work / "diffusion"),
-        "student": (train_student, work / "pipeline"),
-        "scores": (score, work / "pipeline", work / "student"),
-    }
-    stages = {}
-    for name, (train, *inputs) in plan.items():
-        stages[name] = run_stage(name, recipe, work, train, *inputs)
-        if name == "diffusion":
-            (work / "diffusion.checkpoint").unlink(missing_ok=True)
-        if name == args.until:
-            return 0
-
-    scores = stages.pop("scores")
-    scores.pop("seconds")
-    common = {
-        "data": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, "
-        f"CC BY 4.0): {len(digits.load().train)} scans for training, {digits.HELD_OUT} held out",
-        "command": command_line(args, changed),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "recipe": dataclasses.asdict(recipe),
-        "threads": args.threads,
-        "note": args.note,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
-    of_student = {"student": stages.pop("student")}
-    described = {
-        MODEL: (
-            "pipeline",
-            stages,
-            "Stable Diffusion of stock diffusers classes, trained from scratch on canvases of handwritten digits "
-            "(linattn.bundled.canvases)",
-        ),
-        STUDENT: ("student", of_student, f"LinFusion for {MODEL}, distilled by linattn distill linfusion_tiny_sd"),
-    }
-    for name, (stage, made_by, what) in described.items():
-        seconds = round(sum(report["seconds"] for report in made_by.values()), 1)
-        card = {"what": what, **common, "stages": made_by, "seconds": seconds, "scores": scores}
-        deliver(work / stage, out / name, card)
-    return 0
+    return run_script(pathlib.Path(__file__).name, __doc__, (Recipe(), SMOKE), STAGES, PLAN, DELIVERIES, arguments)
 
 
 if __name__ == "__main__":

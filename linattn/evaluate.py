@@ -53,6 +53,7 @@ def draw(
     seeds,
     steps: int = 25,
     guidance_scale: float = 3.0,
+    side: int | None = None,
     batch: int = 50,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
@@ -62,6 +63,7 @@ def draw(
 
     Args:
         prompts, seeds: sequences of equal length.
+        side: height and width in pixels; the pipeline's own choice where it is not given.
         progress: called after every batch with the number of pictures in it.
 
     Raises:
@@ -70,6 +72,7 @@ def draw(
     prompts, seeds = list(prompts), list(seeds)
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"draw needs one seed per prompt, at least one; got {len(prompts)=}, {len(seeds)=}")
+    size = {} if side is None else {"height": side, "width": side}
     made = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
@@ -78,6 +81,7 @@ def draw(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             num_inference_steps=steps,
             output_type="pt",
+            **size,
             **call_arguments(pipe, len(prompts[part]), guidance_scale),
         )
         made.append(result.images.float().cpu())
@@ -820,6 +824,7 @@ def evaluate_canvases(
                     seeds=[*one.seeds, *one.again],
                     steps=steps,
                     guidance_scale=guidance_scale,
+                    side=canvases.RESOLUTION,  # FLUX's pipelines have a size of their own
                     batch=batch,
                     progress=advance,
                 )

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import random
 import socket
+import sys
 import warnings
 from importlib.metadata import version
 
@@ -190,7 +191,8 @@ class TestTrainingScript:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the script sets it for itself; here it is taken back afterwards
         spec = importlib.util.spec_from_file_location("train_tiny_sd", SCRIPT)
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(__import__("sys").modules, "train_tiny_sd", module)  # dataclasses look their module up
+        monkeypatch.setitem(sys.modules, "train_tiny_sd", module)  # dataclasses look their module up
+        monkeypatch.syspath_prepend(SCRIPT.parent)  # what the scripts share
         spec.loader.exec_module(module)
         threads = torch.get_num_threads()
         yield module
@@ -221,8 +223,8 @@ class TestTrainingScript:
 
         # Another recipe does not reuse the stages that depend on what is different.
         recipe = dataclasses.replace(script.SMOKE, student_steps=3)
-        assert script.finished_stage(work / "pipeline", recipe) is not None
-        assert script.finished_stage(work / "student", recipe) is None
+        assert script.STAGES.finished(work / "pipeline", recipe) is not None
+        assert script.STAGES.finished(work / "student", recipe) is None
 
     def test_a_long_stage_goes_on_from_its_checkpoint_to_the_same_bits(self, script, tmp_path, monkeypatch):
         recipe = dataclasses.replace(script.SMOKE, canvas_steps=5)

@@ -106,7 +106,7 @@ class TestLayout:
 
 def test_prompts_that_are_said_to_be_unseen_are_held_out():
     from linattn.bundled import canvases
-    from linattn.demos import stable_diffusion
+    from linattn.demos import _comparison
 
     unseen = {
         canvases.caption(order)
@@ -114,8 +114,8 @@ def test_prompts_that_are_said_to_be_unseen_are_held_out():
         for order in itertools.product(range(10), repeat=n)
         if canvases.held_out(order)
     }
-    assert set(stable_diffusion.PROMPTS[:3]) <= unseen
-    assert not set(stable_diffusion.PROMPTS[3:]) & unseen
+    assert set(_comparison.PROMPTS[:3]) <= unseen
+    assert not set(_comparison.PROMPTS[3:]) & unseen
 
 
 def test_quick_demo_draws_scores_and_measures_all_sides(tmp_path):
