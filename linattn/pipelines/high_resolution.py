@@ -145,7 +145,7 @@ def high_resolution(
         images = [image] if isinstance(image, Image.Image) else image
         _check_sizes(sibling, stages, _checked_image(sibling, images, stages[0]), "image")
     # Said in every call: text to image and image to image differ in what they do unasked.
-    unasked = inspect.signature(type(base if image is None else sibling).__call__).parameters
+    unasked = inspect.signature(type(base if image is None else pipe).__call__).parameters
     common = {"prompt": prompt, **options}
     for name, given in (("num_inference_steps", num_inference_steps), ("guidance_scale", guidance_scale)):
         common[name] = unasked[name].default if given is None else given
