@@ -287,6 +287,7 @@ class FluxWindowAttention(_WindowAttention, FluxAttention):
         # Each image prompt is attended densely by all image queries, without positions.
         adapter, part = self.ip_adapter, 0
         for x, scale, to_k, to_v in zip(images, adapter.scale, adapter.to_k_ip, adapter.to_v_ip, strict=False):
+            x = x.flatten(1, -2)  # (B, images, tokens, C), or without the dimension of images
             keys, values = (self._heads(layer(x)).transpose(1, 2) for layer in (to_k, to_v))
             out = nn.functional.scaled_dot_product_attention(normed_q.transpose(1, 2), keys, values)
             part = part + scale * out.transpose(1, 2).flatten(2)

@@ -198,7 +198,7 @@ class CLEAR(ModelMixin, ConfigMixin):
                 base=_base(model),
                 **options,
             )
-            return clear.mount_to(model)
+            return clear._frozen_like(model).mount_to(model)
         if load_pretrained:
             raise ValueError(
                 "pretrained_model_name_or_path= is needed: nothing says which weights to load. Published for "
@@ -214,7 +214,7 @@ class CLEAR(ModelMixin, ConfigMixin):
         with torch.device("meta"):
             clear = cls(window_size=window_size, down_factor=down_factor, modules_list=entries, base=_base(model))
         clear._copy_base_layers(model)
-        return clear.mount_to(model)
+        return clear._frozen_like(model).mount_to(model)
 
     @classmethod
     def from_pretrained(
@@ -286,6 +286,12 @@ class CLEAR(ModelMixin, ConfigMixin):
                     setattr(own.get_submodule(parent), child, copy)
                 else:
                     del own._modules[slot.partition(".")[0]]
+
+    def _frozen_like(self, model: nn.Module) -> CLEAR:
+        """A transformer that is frozen stays so: whoever trains a LoRA on it trains nothing else."""
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self.requires_grad_(False)
+        return self
 
     # ---- mounting
 
