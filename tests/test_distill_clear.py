@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from linattn.adapters import CLEAR
 from linattn.distill import pipelines
-from linattn.distill.denoiser import pack, unpack
+from linattn.distill.denoiser import SD3Denoiser, pack, recorded_outputs, unpack
 from linattn.distill.objectives.attention import AttentionDistillation
 from linattn.distill.student import Student
 
@@ -91,6 +91,29 @@ def test_noisy_latents_predictions_and_attention_are_the_recorded_ones(recorded)
         assert goldens.relative_error(pack(prediction), tensors[f"distill.{name}_pred"]) < RECORDED
         (made,) = features.values()
         assert goldens.relative_error(made, tensors[f"distill.attn_{name}.0"]) < RECORDED
+
+
+def test_recorded_joint_attention_is_that_of_image_and_text_tokens():
+    model = tiny_transformer("sd35")
+    wanted = {}
+    for name in ("attn", "attn2"):
+        model.get_submodule(f"transformer_blocks.0.{name}").register_forward_hook(
+            lambda _module, _inputs, output, name=name: wanted.update({f"transformer_blocks.0.{name}": output})
+        )
+    text = torch.randn(2, 7, model.config.joint_attention_dim)
+    condition = {
+        "encoder_hidden_states": text,
+        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim),
+    }
+    with (
+        torch.no_grad(),
+        recorded_outputs(model, tuple(f"transformer_blocks.0.{n}" for n in ("attn", "attn2"))) as made,
+    ):
+        SD3Denoiser(model)(torch.randn(2, 16, 8, 12), torch.tensor([1.0, 900.0]), condition)
+    image, text = wanted["transformer_blocks.0.attn"]
+    assert image.shape[1:] == (24, 32) and text.shape[1:] == (7, 32)
+    assert torch.equal(made["transformer_blocks.0.attn"], torch.cat([image, text], dim=1))
+    assert torch.equal(made["transformer_blocks.0.attn2"], wanted["transformer_blocks.0.attn2"])
 
 
 # --------------------------------------------------------------------------------------------------------- the student

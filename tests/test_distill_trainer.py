@@ -720,7 +720,14 @@ def test_prepare_fills_the_caches_and_trains_nothing(folders, tmp_path, capsys, 
     reset_accelerator()
     assert main([*arguments, "--set", "training.steps=1"]) == 0
     reset_accelerator()
-    elsewhere = f"output.folder={tmp_path / 'other'}"
+    monkeypatch.undo()
+    reset_accelerator()
+    folder, elsewhere = f"data.cache.folder={tmp_path / 'run' / 'cache'}", f"output.folder={tmp_path / 'other'}"
+    changes = [part for option in (folder, elsewhere, "model.text_length=16") for part in ("--set", option)]
+    assert main([*arguments, *changes, "--prepare"]) == 0
+    entries = list((tmp_path / "run" / "cache").rglob("*.safetensors"))
+    assert len(entries) == 11 + 11 + 11, "texts of another length, the same latents"
+    reset_accelerator()
     assert main([*arguments, "--prepare", "--set", "data.cache={}", "--set", elsewhere]) == 1
     assert "data.cache: expected text: true, latents: true or both" in capsys.readouterr().err
 
