@@ -12,7 +12,10 @@ from linattn import backend as backends
 
 pytest.importorskip("diffusers", reason='the adapters need the extra: pip install "linattn[diffusers]"')
 
+import torch._dynamo.testing
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from helpers import goldens
 from helpers.tiny_pipelines import tiny_transformer
 from safetensors.torch import load_file, save_file
@@ -678,3 +681,294 @@ def test_the_real_architecture_mounts_and_has_the_published_keys(down_factor):
     assert live == expected
     clear.unmount()
     assert [(key, tuple(value.shape)) for key, value in model.state_dict().items()] == before
+
+
+# ---------------------------------------------------------------------------------------------- what sits on the layers
+
+
+def sd3_ip_adapters(model):
+    """An IP-Adapter's processor for every attention of an SD3 transformer, and the keywords of a call with it."""
+    dim, head_dim = 32, 16
+    torch.manual_seed(5)
+    processors = {
+        name: SD3IPAdapterJointAttnProcessor2_0(dim, dim, head_dim, timesteps_emb_dim=8, scale=0.7)
+        for name in model.attn_processors
+    }
+    with torch.no_grad():
+        for parameter in nn.ModuleList(processors.values()).parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape))
+    generator = torch.Generator().manual_seed(6)
+    images, temb = torch.randn(1, 4, dim, generator=generator), torch.randn(1, 8, generator=generator)
+    return processors, {"joint_attention_kwargs": {"ip_hidden_states": images, "temb": temb}}
+
+
+def flux_ip_adapters(model):
+    torch.manual_seed(5)
+    processors = {
+        name: FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=16, scale=0.7)
+        if name.startswith("transformer_blocks")
+        else type(processor)()
+        for name, processor in model.attn_processors.items()
+    }
+    images = [torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(6))]
+    return processors, {"joint_attention_kwargs": {"ip_hidden_states": images}}
+
+
+@pytest.mark.parametrize("first", ["mount", "load"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "sd35"])
+def test_the_part_of_an_ip_adapter_is_added_to_the_window(family, first):
+    """A window over everything is dense attention, so there it is the stock transformer with the adapter."""
+    adapters = flux_ip_adapters if family == "flux" else sd3_ip_adapters
+    stock = tiny_transformer(family)
+    without, original = run(stock), dict(stock.attn_processors)
+    processors, call = adapters(stock)
+    stock.set_attn_processor(dict(processors))
+    with_adapter = run(stock, **call)
+    assert (with_adapter - without).abs().max() > 100 * MODEL_FLOAT32
+
+    model = tiny_transformer(family)
+    if first == "load":
+        model.set_attn_processor(adapters(model)[0])
+    clear = CLEAR.construct_for(model, 9, load_pretrained=False)
+    if first == "mount":
+        model.set_attn_processor(adapters(model)[0])
+    assert (run(model, **call) - with_adapter).abs().max() < MODEL_FLOAT32
+    for name, processor in model.attn_processors.items():
+        assert name.startswith("single") or type(processor) is type(processors[name])
+        processor.scale = [0.0] if family == "flux" else 0.0  # as pipelines set it
+    assert (run(model, **call) - without).abs().max() < MODEL_FLOAT32
+    for processor in model.attn_processors.values():
+        processor.scale = [0.7] if family == "flux" else 0.7
+    clear.unmount()
+    assert torch.equal(run(model, **call), with_adapter)
+    clear.mount_to(model)
+    # As pipelines unload: stock processors where an adapter's are, the others built again.
+    is_adapter = {name: type(processor) is type(processors[name]) for name, processor in model.attn_processors.items()}
+    rebuilt = {name: type(p)() for name, p in model.attn_processors.items() if not is_adapter[name]}
+    model.set_attn_processor({name: rebuilt.get(name) or type(original[name])() for name in original})
+    clear.unmount()
+    assert torch.equal(run(model), without)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd35"])
+def test_a_window_with_an_ip_adapter_is_neither_dense_nor_without_it(family):
+    adapters = flux_ip_adapters if family == "flux" else sd3_ip_adapters
+    drawn = []
+    for radius, loaded in ((9, True), (2, True), (2, False)):
+        model, _ = mounted(family, radius)
+        processors, call = adapters(model)
+        if loaded:
+            model.set_attn_processor(processors)
+        drawn.append(run(model, **call))
+    apart = [(a - b).abs().max() for i, a in enumerate(drawn) for b in drawn[:i]]
+    assert min(apart) > 100 * MODEL_FLOAT32
+
+
+def test_the_weight_of_the_pooled_keys_survives_processors_that_are_rebuilt():
+    model, clear = mounted("flux", 2, 2)
+    with torch.no_grad():
+        for key, value in clear.trainable_parameters().items():
+            if "spatial" in key:
+                value.normal_()
+    out = run(model)
+    model.set_attn_processor({name: type(processor)() for name, processor in model.attn_processors.items()})
+    assert torch.equal(run(model), out)
+    assert all(key in model.state_dict() for key in clear.published_state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:FusedJointAttnProcessor2_0 refused")
+@pytest.mark.parametrize("family", ["flux", "sd35"])
+def test_other_processors_and_masks_are_refused(family):
+    model, _ = mounted(family)
+    out, module = run(model), model.transformer_blocks[0].attn
+    stock = FluxAttnProcessor() if family == "flux" else JointAttnProcessor2_0()
+    with pytest.warns(UserWarning, match="refused: CLEAR is mounted on this attention"):
+        model.set_attn_processor(stock)
+    with pytest.warns(UserWarning, match="refused: CLEAR is mounted on this attention"):
+        module.processor = stock
+    with pytest.warns(UserWarning, match="fuse_qkv_projections has no effect"):
+        model.fuse_qkv_projections()
+    assert torch.equal(run(model), out)
+    with pytest.raises(ValueError, match=r"CLEAR has no attention_mask, got one of shape \(1, 31\)"):
+        module(torch.zeros(1, 24, 32), torch.zeros(1, 7, 32), torch.zeros(1, 31))
+    with pytest.warns(UserWarning, match=r"joint_attention_kwargs \['colour'\] have no meaning for CLEAR"):
+        assert torch.equal(run(model, joint_attention_kwargs={"colour": 1}), out)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd35"])
+def test_mounting_on_fused_projections_calls_them_one_by_one_and_gives_the_fused_back(family):
+    model = tiny_transformer(family)
+    plain = tiny_transformer(family)
+    CLEAR.construct_for(plain, 2, load_pretrained=False)
+    model.fuse_qkv_projections()
+    before = trace(model)
+    clear = CLEAR.construct_for(model, 2, load_pretrained=False)
+    assert torch.equal(run(model), run(plain))
+    clear.unmount()
+    assert_same_trace(trace(model), before)
+
+
+ALL_LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+def add_lora(model, fuse=False):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    torch.manual_seed(7)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=ALL_LINEAR, init_lora_weights=False), "style")
+    if fuse:
+        model.fuse_lora()
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["attached", "fused"])
+@pytest.mark.parametrize("family", ["flux", "sd35"])
+def test_a_lora_on_every_layer_stays_with_the_model_in_both_directions(family, fuse):
+    """Projections of the text belong to both modules: there a delta is neither lost nor added twice."""
+    stock = tiny_transformer(family)
+    before = run(stock)
+    add_lora(stock, fuse)
+    expected = run(stock)
+    assert (expected - before).abs().max() > 100 * MODEL_FLOAT32
+    early, late = tiny_transformer(family), tiny_transformer(family)
+    add_lora(early, fuse)
+    clears = [CLEAR.construct_for(model, 9, load_pretrained=False) for model in (early, late)]
+    add_lora(late, fuse)
+    assert torch.equal(run(early), run(late))
+    assert (run(early) - expected).abs().max() < MODEL_FLOAT32
+    if fuse:
+        with pytest.raises(
+            ValueError, match=r"a LoRA is fused into transformer_blocks.0.attn.to_q: unfuse_lora\(\) first"
+        ):
+            clears[0].published_state_dict()
+    else:
+        own = clears[0].published_state_dict()
+        assert not any("lora" in key or "base_layer" in key for key in own)
+        assert all(torch.equal(value, tiny_transformer(family).state_dict()[key]) for key, value in own.items())
+    for clear, model in zip(clears, (early, late), strict=True):
+        clear.unmount()
+        assert torch.equal(run(model), expected)
+    for model in (early, late):
+        if fuse:
+            model.unfuse_lora()
+        model.delete_adapters("style")
+        assert (run(model) - before).abs().max() < MODEL_FLOAT32
+
+
+class Packed(nn.Module):
+    """A quantised layer, whose weight nobody may read."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("packed", linear.weight.detach().half())
+        self.register_buffer("shift", linear.bias.detach())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.float(), self.shift)
+
+
+def test_layers_that_cannot_be_copied_stay_in_use_and_are_not_saved(tmp_path):
+    model = tiny_transformer("flux")
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        for name in ("to_q", "to_k", "to_v", "add_q_proj"):
+            if hasattr(block.attn, name):
+                setattr(block.attn, name, Packed(getattr(block.attn, name)))
+    stock = run(model)
+    before = trace(model)
+    clear = CLEAR.construct_for(model, 9, load_pretrained=False)
+    assert (run(model) - stock).abs().max() < MODEL_FLOAT32
+    for refused in (clear.trainable_parameters, clear.published_state_dict, lambda: clear.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=r"transformer_blocks.0.attn.to_q.*transformer's own layers.*quantis"):
+            refused()
+    clear.unmount()
+    assert_same_trace(trace(model), before)
+
+
+def test_a_frozen_transformer_stays_frozen():
+    model = tiny_transformer("flux").requires_grad_(False)
+    clear = CLEAR.construct_for(model, 2, 2, load_pretrained=False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    clear.unmount()
+    model.requires_grad_(True)
+    assert all(p.requires_grad for p in CLEAR.construct_for(model, 2, 2, load_pretrained=False).parameters())
+
+
+def test_the_mounted_modules_train_and_only_what_is_published_need_be():
+    model, clear = mounted("flux", 2, 2)
+    model.requires_grad_(False)
+    for parameter in clear.trainable_parameters().values():
+        parameter.requires_grad_(True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == clear.published_state_dict().keys()
+    model(**inputs_for(model, 4, 6)).sample.square().sum().backward()
+    # In the last block a query of the text is seen by nothing that comes after; the rest has a gradient.
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in clear.trainable_parameters().values())
+
+
+def test_modules_are_cast_moved_and_switched_with_the_model():
+    model, clear = mounted("flux", 2, 2)
+    model.to(torch.bfloat16).train()
+    clear.unmount()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(module.training for module in model.modules())
+    clear.mount_to(model)
+    assert {p.dtype for p in clear.parameters()} == {torch.bfloat16}
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("first", ["mount", "offload"])
+def test_layers_and_pooling_weights_are_offloaded_with_the_model(first):
+    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    plain, _ = mounted("flux", 2, 2)
+    expected = run(plain)
+    model = tiny_transformer("flux")
+
+    def offload():
+        accelerate.cpu_offload(model, torch.device("cpu"))
+
+    if first == "offload":
+        offload()
+    clear = CLEAR.construct_for(model, 2, 2, load_pretrained=False)
+    if first == "mount":
+        offload()
+    assert torch.equal(run(model), expected)
+    assert all(parameter.is_meta for parameter in clear.parameters())
+    with pytest.raises(ValueError, match="offloaded by accelerate"):
+        clear.published_state_dict()
+    clear.unmount()
+    assert torch.equal(run(model), run(tiny_transformer("flux")))
+    assert not any(parameter.is_meta for parameter in clear.parameters())
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+def test_blocks_compile_once_for_all_sizes(proportional):
+    model, clear = mounted("flux", 2, 2)
+    clear.set_high_resolution(2.0, proportional)
+    sizes = [(4, 6), (5, 7), (6, 4)]
+    expected = [run(model, *size) for size in sizes]
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    model.transformer_blocks[0].compile(backend=counter, fullgraph=True, dynamic=True)
+    model.single_transformer_blocks[0].compile(backend=counter, fullgraph=True, dynamic=True)
+    for size, eager in zip(sizes, expected, strict=True):
+        assert (run(model, *size) - eager).abs().max() < MODEL_FLOAT32
+    torch._dynamo.reset()
+    assert counter.frame_count == 2
+
+
+def test_a_whole_transformer_in_one_graph_needs_its_grid_set_ahead():
+    model, clear = mounted("flux", 2)
+    expected = run(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call set_grid\(height, width\) ahead"):
+        run_compiled(compiled, model)
+    clear.set_grid(4, 6)
+    torch._dynamo.reset()
+    assert (run_compiled(compiled, model) - expected).abs().max() < MODEL_FLOAT32
+    torch._dynamo.reset()
+
+
+def run_compiled(compiled, model):
+    with torch.no_grad():
+        return compiled(**inputs_for(model, 4, 6)).sample
