@@ -365,10 +365,10 @@ def window_module(original: nn.Module) -> type | None:
 def copied_layer(layer: nn.Module) -> nn.Linear | None:
     """A linear layer with the weights under `layer`; None where they cannot be copied (quantised)."""
     base = base_layer(layer)
-    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not weight.is_floating_point():
+    # The class first: the weight of a quantised layer is not even looked at.
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
         return None
-    copy = nn.Linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
+    copy = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     for name, parameter in base.named_parameters(recurse=False):
         copied = parameter.detach().clone()
         setattr(copy, name, nn.Parameter(copied, requires_grad=parameter.requires_grad))
