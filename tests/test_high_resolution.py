@@ -251,7 +251,8 @@ def test_the_noise_levels_of_a_stage_are_shifted_by_a_constant_and_the_first_pic
 
 
 def test_without_a_shift_the_scheduler_of_the_pipeline_is_used_as_it_is(flux):
-    (_, first), (scheduler, second) = schedules(flux, stages=[Stage(16, 24, strength=1.0, shift=None)])
+    stages = [Stage(16, 24, shift=5.0), Stage(16, 24, strength=1.0, shift=None)]
+    (_, first), _, (scheduler, second) = schedules(flux, stages=stages)
     assert scheduler is flux.scheduler and torch.equal(first, second)
 
 
