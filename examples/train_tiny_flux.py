@@ -1,4 +1,4 @@
-"""Train the tiny FLUX that linattn ships, from scratch, on a CPU (20 minutes on two free cores).
+"""Train the tiny FLUX that linattn ships, from scratch, on a CPU (half an hour on two free cores).
 
     python examples/train_tiny_flux.py --out build/tiny       (then copy its folder over that of linattn/bundled)
 
@@ -14,49 +14,52 @@ several handwritten digits in the order that the prompt names (linattn.bundled.c
               canvases. Beside it, readers that are thrown away afterwards have to tell from the tokens of the picture
               which digit of the order their cell shows, and what that digit is: without them the model draws digits of
               the prompt in any order for a long time, because the loss of flow matching hardly sees the difference;
-5. pipeline   written in float16, as a user loads it.
+5. pipeline   written in float16, as a user loads it;
+6. student    windows for it: `linattn distill clear_tiny_flux`;
+7. pooled     the same with pooled keys (f = 4) beside the window;
+8. scores     all of them, and the controls, as `linattn eval` gives them; they go into the card.json of all.
 
 Its pictures are 144 x 144 and its prompts 16 tokens long, which is for the caller to say, because FluxPipeline has
 other defaults: pipe(prompt, height=144, width=144, max_sequence_length=16).
 
-Each stage ends in one folder under --work that appears at once (written aside, then renamed): a run that was killed
-starts again with the stage that it did not finish, and the long one inside it where its last checkpoint stands. Numbers
-of steps are fixed, not times, so that the same command trains the same model on a slow machine; the last bits still
-depend on the machine.
+A run that was killed goes on where it was, see tiny_training.py.
 """
 
-import argparse
 import dataclasses
-import datetime
-import json
 import os
 import pathlib
-import platform
 import random
-import shutil
 import string
 import sys
-import tempfile
-import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing is to be looked up
 
-import diffusers
-import safetensors.torch
-import tokenizers
 import torch
 import torch.nn.functional as F
 import train_tiny_sd as sd
-import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from train_tiny_sd import Progress, generators, say
+from tiny_training import (
+    CHECKPOINT_EVERY,
+    Delivery,
+    Progress,
+    Stages,
+    edit_json,
+    generators,
+    load_checkpoint,
+    run_script,
+    save_checkpoint,
+    say,
+    use_everywhere,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from linattn.adapters import CLEAR
 from linattn.bundled import canvases, digits
+from linattn.cli._variants import TITLES, variants
 
-MODEL = "tiny_flux"
+MODEL, STUDENT, POOLED = "tiny_flux", "tiny_flux_clear", "tiny_flux_clear_down_4"
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -74,6 +77,7 @@ class Recipe:
     cell_batch: int = 64
     batch: int = 32
     vae_channels: tuple[int, ...] = (16, 32, 32, 32)  # four levels: f = 8
+    latent_std: float = 1.0  # in the stages vae and cells; diffusion measures and scales anew
     double_blocks: int = 1
     single_blocks: int = 4
     heads: int = 3
@@ -94,6 +98,13 @@ class Recipe:
     pens: int = 16
     written: int = 360  # cells that each pen writes for canvases of one digit, of two, and so on
     train_scans: int | None = None  # None: all
+    student_steps: int = 1000
+    student_canvases: int = 2000
+    window_size: int = 2
+    down_factor: int = 4
+    score_count: int = 100  # pictures per set of orders
+    score_steps: int = 15
+    score_guidance: float = 2.5
 
 
 SMOKE = Recipe(
@@ -117,6 +128,10 @@ SMOKE = Recipe(
     pens=2,
     written=120,
     train_scans=120,
+    student_steps=2,
+    student_canvases=4,
+    score_count=2,
+    score_steps=2,
 )
 
 
@@ -343,7 +358,7 @@ def train_diffusion(
         "average": average,
     }
     checkpoint = out.parent / "diffusion.checkpoint"
-    done = sd.load_checkpoint(checkpoint, recipe, kept, rng, words)
+    done = load_checkpoint(checkpoint, recipe, kept, rng, words)
     progress, reading = Progress("diffusion", steps, done), []
     for step in range(done + 1, steps + 1):
         single = step <= recipe.cell_steps
@@ -389,8 +404,8 @@ def train_diffusion(
         if step % progress.every == 0:
             say(f"diffusion: readers {torch.stack(reading).mean():.4f}")
             reading.clear()
-        if step % sd.CHECKPOINT_EVERY == 0:
-            sd.save_checkpoint(checkpoint, recipe, kept, rng, words, step)
+        if step % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, recipe, kept, rng, words, step)
     average.copy_to(parameters)
     transformer.eval()
     save_pipeline(pipe, out)
@@ -416,156 +431,87 @@ def write_pipeline(recipe: Recipe, out: pathlib.Path, diffusion_folder: pathlib.
     pipe = load_pipeline(diffusion_folder).to(torch.float16)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=recipe.shift)
     save_pipeline(pipe, out)
-    # transformers 5 takes the precision of the weights from this entry; diffusers' parts are float32 by default. Half a
-    # pipeline in each would not run.
-    for name in ("text_encoder", "text_encoder_2"):
-        edit_json(out / name / "config.json", lambda settings: settings | {"dtype": "float32"})
-    # transformers 5 drops the prefix that every published text encoder has, and reads both; older versions insist on
-    # it (without it they draw from random weights, with a warning).
-    weights = out / "text_encoder" / "model.safetensors"
-    tensors = safetensors.torch.load_file(weights)
-    tensors = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     # In transformers 5 both names are one class; before, the other one needs a SentencePiece file, and we have none.
     edit_json(
         out / "model_index.json", lambda settings: settings | {"tokenizer_2": ["transformers", "T5TokenizerFast"]}
     )
-    sd.clean_configs(out)
+    use_everywhere(out, ["text_encoder", "text_encoder_2"])
     return {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}
 
 
-def edit_json(path: pathlib.Path, change) -> None:
-    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2) + "\n")
+def train_student(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Path, down_factor: int = 1) -> dict:
+    """Windows for the pipeline, by the trainer that users have; its run is kept beside the stages."""
+    return sd.distill(
+        "clear_tiny_flux",
+        CLEAR,
+        recipe,
+        out,
+        pipeline_folder,
+        **{"student.options.window_size": recipe.window_size, "student.options.down_factor": down_factor},
+    )
+
+
+def train_pooled_student(recipe: Recipe, out: pathlib.Path, pipeline_folder: pathlib.Path) -> dict:
+    return train_student(recipe, out, pipeline_folder, recipe.down_factor)
+
+
+def score(
+    recipe: Recipe,
+    out: pathlib.Path,
+    pipeline_folder: pathlib.Path,
+    student_folder: pathlib.Path,
+    pooled_folder: pathlib.Path,
+) -> dict:
+    """Teacher, control and both students, before and after."""
+    ways = variants(student_folder)
+    pooled = variants(pooled_folder, ["before", "after"])
+    return sd.score_variants(
+        recipe, out, pipeline_folder, ways | {f"{name}, pooled": way for name, way in pooled.items()}, TITLES
+    )
 
 
 # What each stage depends on, besides everything that the stages before it depend on.
-FIELDS = {
-    "vae": ("seed", "train_scans", "vae_steps", "vae_batch", "vae_channels"),
-    "cells": ("pens", "written"),
-    "text": ("text_steps", "text_batch", "t5_width", "t5_layers", "clip_width", "clip_layers", "prompt_tokens"),
-    "diffusion": (
-        *("cell_steps", "canvas_steps", "cell_batch", "batch", "double_blocks", "single_blocks", "heads", "rope"),
-        *("rate", "ema_decay", "caption_drop", "lengths", "noise_mean", "read_after", "read_weight"),
+STAGES = Stages(
+    {
+        "vae": ("seed", "train_scans", "vae_steps", "vae_batch", "vae_channels", "latent_std"),
+        "cells": ("pens", "written"),
+        "text": ("text_steps", "text_batch", "t5_width", "t5_layers", "clip_width", "clip_layers", "prompt_tokens"),
+        "diffusion": (
+            *("cell_steps", "canvas_steps", "cell_batch", "batch", "double_blocks", "single_blocks", "heads", "rope"),
+            *("rate", "ema_decay", "caption_drop", "lengths", "noise_mean", "read_after", "read_weight"),
+        ),
+        "pipeline": ("shift",),
+        "student": ("student_steps", "student_canvases", "window_size"),
+        "pooled": ("down_factor",),
+        "scores": ("score_count", "score_steps", "score_guidance"),
+    }
+)
+PLAN = {
+    "vae": (sd.train_vae,),
+    "cells": (sd.encode_cells, "vae"),
+    "text": (train_text,),
+    "diffusion": (train_diffusion, "vae", "cells", "text"),
+    "pipeline": (write_pipeline, "diffusion"),
+    "student": (train_student, "pipeline"),
+    "pooled": (train_pooled_student, "pipeline"),
+    "scores": (score, "pipeline", "student", "pooled"),
+}
+DELIVERIES = {
+    MODEL: Delivery(
+        "pipeline",
+        ("vae", "cells", "text", "diffusion", "pipeline"),
+        "FLUX of stock diffusers classes, trained from scratch on canvases of handwritten digits "
+        "(linattn.bundled.canvases)",
     ),
-    "pipeline": ("shift",),
+    STUDENT: Delivery("student", ("student",), f"CLEAR for {MODEL}, distilled by linattn distill clear_tiny_flux"),
+    POOLED: Delivery(
+        "pooled", ("pooled",), f"CLEAR with pooled keys for {MODEL}, distilled by linattn distill clear_tiny_flux"
+    ),
 }
 
 
-def part_of(recipe: Recipe, stage: str) -> dict:
-    """What decides the outcome of a stage, as JSON knows it."""
-    names = list(FIELDS)
-    relevant = [field for name in names[: names.index(stage) + 1] for field in FIELDS[name]]
-    return json.loads(json.dumps({field: getattr(recipe, field) for field in relevant}))
-
-
-def finished_stage(folder: pathlib.Path, recipe: Recipe) -> dict | None:
-    """What the stage in this folder reported, if it was finished with the same recipe."""
-    try:
-        stage = json.loads((folder / "stage.json").read_text())
-    except FileNotFoundError:
-        return None
-    return stage["report"] if stage["recipe"] == part_of(recipe, folder.name) else None
-
-
-def run_stage(name: str, recipe: Recipe, work: pathlib.Path, train, *inputs: pathlib.Path) -> dict:
-    folder = work / name
-    report = finished_stage(folder, recipe)
-    if report is not None:
-        say(f"{name}: done already ({folder})")
-        return report
-    fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=work))
-    start = time.perf_counter()
-    report = train(recipe, fresh, *inputs)
-    report = {"seconds": round(time.perf_counter() - start, 1), **report}
-    stage = {"recipe": part_of(recipe, name), "report": report}
-    (fresh / "stage.json").write_text(json.dumps(stage, indent=2) + "\n")
-    sd.publish(fresh, folder)
-    say(f"{name}: done in {report['seconds']:.0f} s")
-    return report
-
-
-def command_line(args: argparse.Namespace, changed: dict) -> str:
-    """The command that makes this model again: everything that matters to it, and no folder of this machine."""
-    words = [f"python examples/train_tiny_flux.py --out DIR --seed {args.seed} --threads {args.threads}"]
-    words += [f"--set {name}={json.dumps(value)}" for name, value in changed.items()]
-    return " ".join(words + ["--smoke"] * args.smoke)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="where the folder is written (replaced)")
-    parser.add_argument("--work", type=pathlib.Path, help="where stages are kept (default: OUT.stages beside it)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of Recipe, in JSON"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--until", choices=list(FIELDS), help="stop after this stage")
-    parser.add_argument("--note", default="", help="words for card.json, for example that the machine was busy")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, two steps per stage: shows that it runs")
-    args = parser.parse_args(arguments)
-
-    if int(transformers.__version__.split(".")[0]) < 5:
-        parser.error(
-            f"training needs transformers 5 or newer, this is {transformers.__version__} (the result does not)"
-        )
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    changed = {}
-    for setting in args.set:
-        name, _, value = setting.partition("=")
-        if name not in known:
-            parser.error(f"--set {setting}: there is no {name!r}; fields: {', '.join(sorted(known))}")
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            parser.error(f"--set {setting}: expected a value in JSON, got {value!r}")
-        changed[name] = tuple(value) if isinstance(value, list) else value
-    recipe = dataclasses.replace(SMOKE if args.smoke else Recipe(), seed=args.seed, **changed)
-    out = args.out.resolve()
-    work = (args.work or out.with_name(out.name + ".stages")).resolve()
-    for folder in (work, out):
-        folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in [*work.glob(".*-*"), *out.glob(".*-*")]:
-        shutil.rmtree(unfinished)  # of a run that was killed
-    torch.set_num_threads(args.threads)
-
-    plan = {
-        "vae": (sd.train_vae,),
-        "cells": (sd.encode_cells, work / "vae"),
-        "text": (train_text,),
-        "diffusion": (train_diffusion, work / "vae", work / "cells", work / "text"),
-        "pipeline": (write_pipeline, work / "diffusion"),
-    }
-    stages = {}
-    for name, (train, *inputs) in plan.items():
-        stages[name] = run_stage(name, recipe, work, train, *inputs)
-        if name == "diffusion":
-            (work / "diffusion.checkpoint").unlink(missing_ok=True)
-        if name == args.until:
-            return 0
-
-    card = {
-        "what": "FLUX of stock diffusers classes, trained from scratch on canvases of handwritten digits "
-        "(linattn.bundled.canvases)",
-        "data": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, "
-        f"CC BY 4.0): {len(digits.load().train)} scans for training, {digits.HELD_OUT} held out",
-        "command": command_line(args, changed),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "recipe": dataclasses.asdict(recipe),
-        "threads": args.threads,
-        "note": args.note,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-        "stages": stages,
-        "seconds": round(sum(report["seconds"] for report in stages.values()), 1),
-    }
-    sd.deliver(work / "pipeline", out / MODEL, card)
-    return 0
+    return run_script(pathlib.Path(__file__).name, __doc__, (Recipe(), SMOKE), STAGES, PLAN, DELIVERIES, arguments)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 import torch
-from helpers.tiny_pipelines import IMAGE_SIZE, tiny_pipeline
+from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from linattn import bundled, cli, evaluate
-from linattn.adapters import LinFusion
+from linattn.adapters import CLEAR, LinFusion
+from linattn.bundled import canvases
+from linattn.cli import _variants
 from linattn.cli import eval as command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +43,11 @@ def models(tmp_path_factory):
         if ".to_q_.3" in name or ".to_k_.3" in name:
             torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
     student.save_pretrained(root / "distilled")
+    pipe = tiny_pipeline("flux-schnell")
+    pipe.save_pretrained(root / "flux")
+    clear = CLEAR.construct_for(pipe, window_size=2, down_factor=2, load_pretrained=False)
+    clear.unmount()
+    clear.save_pretrained(root / "clear")
     return root
 
 
@@ -84,7 +91,7 @@ def test_every_variant_and_the_real_digits_are_a_row_and_a_record(run, models, t
     model = ("--model", models / "pipe", "--student", models / "distilled")
     status, out, err = run(*model, *SMALL, "--out", "new/scores.json", "--pictures", "new/drawn")
     assert status == 0, err
-    for title in (*command.TITLES.values(), "real digits"):
+    for title in (*(_variants.TITLES[name] for name in _variants.OF_UNETS), "real digits"):
         assert sum(line.startswith(title) for line in out.splitlines()) == 3  # one per table
     for difference in ("zeroed − teacher", "before − zeroed", "after − before", "after − teacher"):
         assert difference in out
@@ -104,7 +111,7 @@ def test_every_variant_and_the_real_digits_are_a_row_and_a_record(run, models, t
     sheets = {path.stem for path in Path("new/drawn").iterdir()}
     assert sheets == {f"{v}_{s}" for v in record["variants"] for s in ("2_digits", "seen")}
     width, height = Image.open("new/drawn/after_seen.png").size
-    assert (width, height) == (2 * (IMAGE_SIZE + command.LINE), IMAGE_SIZE + command.LINE)
+    assert (width, height) == (2 * (canvases.RESOLUTION + command.LINE), canvases.RESOLUTION + command.LINE)
     assert sorted(path.name for path in Path("new").iterdir()) == ["drawn", "scores.json"]
 
 
@@ -138,7 +145,7 @@ def test_what_was_read_is_what_the_variants_of_the_library_draw(record, models):
     drawn = {}
     evaluate.evaluate_canvases(
         pipe,
-        command.variants(models / "distilled"),
+        _variants.variants(models / "distilled"),
         n=2,
         lengths=(2,),
         steps=1,
@@ -157,7 +164,7 @@ def test_what_was_read_is_what_the_variants_of_the_library_draw(record, models):
 def test_without_a_student_it_says_so_and_scores_the_others(run, models):
     status, out, err = run("--model", models / "pipe", *SMALL)
     assert status == 0
-    assert "no student" in err and "--student" in err and "'after' is left out" in err
+    assert "no student" in err and "--student" in err and "'after' cannot be drawn" in err
     assert "after distillation" not in out and "before distillation" in out
 
 
@@ -183,8 +190,42 @@ def test_a_bundled_model_comes_with_its_student(run, models, calls, tmp_path, mo
     monkeypatch.setattr(bundled, "_root", lambda: root)
     assert run()[0] == 130
     after = calls[0].variants["after"]
-    assert list(calls[0].variants) == list(command.TITLES)
+    assert list(calls[0].variants) == list(_variants.OF_UNETS)
     assert Path(after.keywords["weights"]) == root / "tiny_sd_linfusion"
+
+
+def test_a_transformer_has_its_own_control_and_its_students_window_before_distillation(record, models):
+    found = record("--model", models / "flux", "--student", models / "clear", *SMALL)
+    assert list(found["variants"]) == list(_variants.OF_TRANSFORMERS)
+    errors = {name: variant["summary"]["error"] for name, variant in found["variants"].items()}
+    assert errors["teacher"] is None and errors["alone"][0] > 0
+    # This student learnt nothing, so it is what it was before: with its window, which is not that of the control.
+    assert errors["before"] == errors["after"] != errors["alone"]
+
+
+def test_a_transformer_without_a_student_is_scored_beside_its_control(run, models, calls):
+    status, _, err = run("--model", models / "flux", *SMALL)
+    assert status == 130 and list(calls[0].variants) == ["teacher", "alone"]
+    assert "'before' and 'after' cannot be drawn" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--variants", "zeroed"), "--variants zeroed: a FluxPipeline has teacher, alone, before, after"),
+        (("--variants", "teacher", "before"), "--variants before: there is no student"),
+    ],
+    ids=["not-its-control", "no-window"],
+)
+def test_a_variant_that_a_transformer_does_not_have_is_one_line(run, models, arguments, named):
+    status, _, err = run("--model", models / "flux", *arguments)
+    assert status == 1 and named in err and err.count("\n") == 1
+
+
+def test_a_student_for_the_other_kind_of_model_is_refused(run, models):
+    for model, student, kind in (("flux", "distilled", "CLEAR"), ("pipe", "clear", "LinFusion")):
+        status, _, err = run("--model", models / model, "--student", models / student)
+        assert status == 1 and f"holds no {kind} weights" in err
 
 
 def test_quick_is_small_unless_an_option_says_otherwise(run, models, calls):

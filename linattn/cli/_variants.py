@@ -30,12 +30,8 @@ TITLES = {
     "before": "before distillation",
     "after": "after distillation",
 }
-CONTROLS = ("zeroed", "alone")
-
-
-def control(is_unet: bool) -> str:
-    """The control of a kind of model."""
-    return CONTROLS[0] if is_unet else CONTROLS[1]
+OF_UNETS = ("teacher", "zeroed", "before", "after")
+OF_TRANSFORMERS = ("teacher", "alone", "before", "after")
 
 
 def variants(student=None, names: Iterable[str] | None = None, *, is_unet: bool | None = None) -> dict[str, Variant]:
@@ -54,7 +50,7 @@ def variants(student=None, names: Iterable[str] | None = None, *, is_unet: bool 
 
     kind = None if student is None else json.loads((Path(student) / "config.json").read_text())
     if kind is not None:
-        is_unet = kind["_class_name"] == "LinFusion"
+        is_unet = kind.get("_class_name") != "CLEAR"
     known: dict[str, Variant] = {"teacher": lambda pipe: contextlib.nullcontext()}
     if is_unet is None or is_unet:
         known |= {"zeroed": zeroed_attention, "before": linfusion_mounted}

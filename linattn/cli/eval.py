@@ -8,9 +8,10 @@ What the scores are, exactly, stands in linattn/evaluate.py.
 
 variants:
   teacher   the model as it is
-  zeroed    every self-attention gives zeros: what is possible without any
-  before    linear attention (LinFusion) with the model's own projections, not distilled
-  after     linear attention with the weights of --student
+  zeroed    of a UNet: every self-attention gives zeros, what is possible without any
+  alone     of a transformer (FLUX, SD3): image tokens see themselves and the text, but no other image token
+  before    linear attention (LinFusion), or the windows of the student (CLEAR), with the model's own weights
+  after     the same with the weights of --student
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linattn._quiet import quiet_diffusers
+from linattn.cli import _variants
 from linattn.cli._attention import bundled_student
 from linattn.cli._models import (
     BUNDLED_GUIDANCE,
@@ -48,18 +50,12 @@ from linattn.cli._models import (
 )
 
 if TYPE_CHECKING:
-    from linattn.evaluate import Evaluation, Variant
+    from linattn.evaluate import Evaluation
 
 HELP = "scores of a model that draws digits: accuracy, Frechet distance, diversity, with intervals"
 
 #: Names the layout of the JSON; another layout gets another number.
 FORMAT = "linattn eval 1"
-TITLES = {
-    "teacher": "teacher: stock attention",
-    "zeroed": "zeroed: no attention",
-    "before": "before distillation",
-    "after": "after distillation",
-}
 DEFAULTS = {"n": 100, "digits": [2, 3, 4], "steps": 15}
 QUICK = {"n": 8, "digits": [3], "steps": 8}
 LARGEST_SEED = 2**63 - 1
@@ -80,10 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student",
         metavar="NAME|FOLDER",
-        help="LinFusion weights: bundled name, folder or hub name [for a bundled model its bundled student]",
+        help="LinFusion or CLEAR weights: bundled name, folder or hub name [for a bundled model its bundled student]",
     )
     parser.add_argument(
-        "--variants", nargs="+", choices=list(TITLES), metavar="VARIANT", help=f"of {', '.join(TITLES)} [all]"
+        "--variants",
+        nargs="+",
+        choices=list(_variants.TITLES),
+        metavar="VARIANT",
+        help=f"of {', '.join(_variants.TITLES)} [all]",
     )
     parser.add_argument(
         "--n", type=int, help=f"pictures per number of digits, and of seen orders [{DEFAULTS['n']}; quick {QUICK['n']}]"
@@ -148,8 +148,6 @@ def _run(args: argparse.Namespace) -> int:
     if model.path is None:
         model.path = fetch(model, None, ["*.json"])
     layout = read_layout(model)
-    if not layout.has_unet:
-        raise Problem(f"--model: {model.name} is a {layout.class_name}; this scores Stable Diffusion 1.x, 2.x and XL")
     if args.steps > layout.train_steps:
         raise Problem(f"--steps: expected at most the {layout.train_steps} of this model, got {args.steps}")
     student, chosen = _student(args, model, layout)
@@ -160,7 +158,11 @@ def _run(args: argparse.Namespace) -> int:
 
     with _threads(args.threads):
         pipe = load_pipeline(model.path)
-        result = _evaluate(args, pipe, variants(None if student is None else student.path, chosen))
+        result = _evaluate(
+            args,
+            pipe,
+            _variants.variants(None if student is None else student.path, chosen, is_unet=layout.has_unet),
+        )
         record = {
             "format": FORMAT,
             "command": _command(args, model, student, chosen),
@@ -212,42 +214,7 @@ def load_pipeline(path):
     return pipe
 
 
-def variants(student=None, names=None) -> dict[str, Variant]:
-    """Variants for :func:`linattn.evaluate.evaluate_canvases`, by the names of this command.
-
-    Args:
-        student: folder of LinFusion weights; without it there is no "after".
-        names: those that are wanted, in the order of the tables; None: all that there are.
-    """
-    from linattn.evaluate import zeroed_attention
-
-    known = {
-        "teacher": lambda pipe: contextlib.nullcontext(),
-        "zeroed": zeroed_attention,
-        "before": functools.partial(linfusion_mounted, weights=None),
-    }
-    if student is not None:
-        known["after"] = functools.partial(linfusion_mounted, weights=student)
-    return {name: known[name] for name in (known if names is None else names)}
-
-
-@contextlib.contextmanager
-def linfusion_mounted(pipe, weights=None):
-    """LinFusion on a pipeline while the context lasts: its weights from a folder, or with None those of the model."""
-    from linattn.adapters import LinFusion
-
-    with quiet_diffusers():
-        if weights is None:
-            linfusion = LinFusion.construct_for(pipe, load_pretrained=False)
-        else:
-            linfusion = LinFusion.construct_for(pipe, pretrained_model_name_or_path=str(weights))
-    try:
-        yield linfusion
-    finally:
-        linfusion.unmount()
-
-
-def tables(result: Evaluation, titles: Mapping[str, str] = TITLES) -> str:
+def tables(result: Evaluation, titles: Mapping[str, str] = _variants.TITLES) -> str:
     """An evaluation as tables in text: accuracies, distances, diversity, and paired differences."""
     from linattn.demos._layout import table
 
@@ -372,27 +339,36 @@ def _check_installed() -> None:
 
 
 def _student(args: argparse.Namespace, model, layout) -> tuple[Source | None, list[str]]:
-    """Where the student's weights are (tried on a UNet without memory), and the variants that can be drawn."""
-    chosen = args.variants or list(TITLES)
-    if "after" not in chosen:
+    """Where the student's weights are (tried on a model without memory), and the variants that can be drawn."""
+    existing = _variants.OF_UNETS if layout.has_unet else _variants.OF_TRANSFORMERS
+    chosen = args.variants or list(existing)
+    for name in chosen:
+        if name not in existing:
+            raise Problem(f"--variants {name}: a {layout.class_name} has {', '.join(existing)}")
+    # Of linear attention all is said without a student; how large a window is, it has to say.
+    needing = [name for name in chosen if name == "after" or (name == "before" and not layout.has_unet)]
+    if not needing:
         if args.student is not None:
             raise Problem(f"--student {args.student} is drawn by the variant 'after', which --variants leaves out")
         _try_on(layout, model, None)
         return None, chosen
-    name = args.student or (bundled_student(model.name) if model.kind == "bundled" else None)
+    kind = "LinFusion" if layout.has_unet else "CLEAR"
+    name = args.student or (bundled_student(model.name, kind) if model.kind == "bundled" else None)
     if name is None:
         why = f"there is no student for {model.name}; --student NAME|FOLDER gives one"
         if args.variants is not None:
-            raise Problem(f"--variants after: {why}")
-        _say(f"{why}. Without it the variant 'after' is left out.")
+            raise Problem(f"--variants {needing[0]}: {why}")
+        listed = " and ".join(f"{name!r}" for name in needing)
+        _say(f"{why}. Without it {'the variant' if len(needing) == 1 else 'variants'} {listed} cannot be drawn.")
         _try_on(layout, model, None)
-        return None, [one for one in chosen if one != "after"]
+        return None, [one for one in chosen if one not in needing]
     source = locate("--student", name)
     if source.kind == "hub":
         source.path = fetch(source, None, ["config.json", "*.safetensors"])
     config = read_config(source, "config.json")
-    if not isinstance(config.get("modules_list"), list):
-        raise Problem(f"--student: {source.name} holds no LinFusion weights (config.json has no modules_list)")
+    if not isinstance(config.get("modules_list"), list) or (config.get("_class_name") == "CLEAR") != (kind == "CLEAR"):
+        what = "config.json has no modules_list" if "modules_list" not in config else f"a {config.get('_class_name')}"
+        raise Problem(f"--student: {source.name} holds no {kind} weights ({what})")
     if not any(source.path.glob("*.safetensors")):
         raise Problem(f"--student: {source.name} has no .safetensors file (pickled weights are not read)")
     _try_on(layout, model, source, config)
@@ -400,21 +376,25 @@ def _student(args: argparse.Namespace, model, layout) -> tuple[Source | None, li
 
 
 def _try_on(layout, model, source, config: dict | None = None) -> None:
-    """Raise where the UNet cannot be built or has no self-attention, or the student does not fit it."""
+    """Raise where the network cannot be built or has no attention to replace, or the student does not fit it."""
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel
 
-    from linattn.adapters import LinFusion
+    from linattn.adapters import CLEAR, LinFusion
 
     with torch.device("meta"), quiet_diffusers():
         try:
-            unet = UNet2DConditionModel.from_config(layout.denoiser)
-            LinFusion.get_default_config(unet)
+            network = getattr(diffusers, layout.kind.model).from_config(layout.denoiser)
+            if layout.has_unet:
+                LinFusion.get_default_config(network)
+            else:
+                CLEAR.construct_for(network, window_size=1, load_pretrained=False).unmount()
         except (ValueError, TypeError, RuntimeError) as error:
-            raise Problem(f"--model: the UNet of {model.name} cannot be used: {line(error)}") from error
+            what = "UNet" if layout.has_unet else "transformer"
+            raise Problem(f"--model: the {what} of {model.name} cannot be used: {line(error)}") from error
         if config is not None:
             try:
-                LinFusion.from_config(config).mount_to(unet)
+                (LinFusion if layout.has_unet else CLEAR).from_config(config).mount_to(network)
             except (ValueError, TypeError, KeyError) as error:
                 raise Problem(f"--student: {source.name} does not go with {model.name}: {line(error)}") from error
 
