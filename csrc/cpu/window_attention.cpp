@@ -29,7 +29,7 @@
 
 #include <math.h>
 
-#include "tile.h"
+#include "softmax.h"
 
 namespace linattn {
 namespace LINATTN_ISA {
@@ -43,8 +43,6 @@ constexpr int64_t kMinSplit = 8192;    // rows per split, at least; and
 constexpr int64_t kSplitPerLane = 64;  // ... per token in the lanes: keeps partial results small beside the tensors
 constexpr int kAhead = 3;              // rows of the next chunk that are fetched per register block
 constexpr int64_t kRun = 512;          // tokens per task of simple loops
-constexpr float kLowest = -3.4028235e38f;
-constexpr float kInfinity = __builtin_inff();
 
 enum Pass { kForward, kGradQ, kGradKV };
 
@@ -70,33 +68,6 @@ struct Chunk {
   int64_t token[kChunk];
   float x[kChunk];
   const float* limit[kChunk];
-};
-
-// Fetches the rows of the next chunk into L2, some at a time.
-struct Ahead {
-  const Chunk* next = nullptr;
-  const char *x1 = nullptr, *x2 = nullptr;  // token 0 of both tensors
-  int64_t stride1 = 0, stride2 = 0;         // bytes
-  int bytes = 0, at = 0;
-  LINATTN_INLINE void fetch(int rows) {
-    if (!next) return;
-    for (int end = lesser(at + rows, next->n); at < end; ++at)
-      for (int i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(x1 + next->token[at] * stride1 + i, 0, 2);
-        __builtin_prefetch(x2 + next->token[at] * stride2 + i, 0, 2);
-      }
-  }
-};
-template <class E>
-struct Fetching {  // an epilogue that also fetches `rows` rows per block
-  const E& epilogue;
-  Ahead& ahead;
-  int rows;
-  template <int R, int N>
-  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
-    ahead.fetch(rows);
-    epilogue(acc, r, column);
-  }
 };
 
 struct Run {
@@ -137,60 +108,6 @@ struct Work {                  // one slot's scratch
   Tile tiles[kMaxGroup];
 };
 
-struct Bump {  // measures (base null) or deals out a block
-  char* base = nullptr;
-  int64_t used = 0;
-  template <class X>
-  X* take(int64_t n) {
-    X* p = base ? reinterpret_cast<X*>(base + used) : nullptr;
-    used += round_up<int64_t>(n * static_cast<int64_t>(sizeof(X)), 64);
-    return p;
-  }
-};
-
-// ------------------------------------------------------------------------------------------------- rows in place
-
-// C[rows, vectors * W] = A B as gemm does, the rows of A where they lie: A[row] points at units, for the rows up to the
-// next multiple of kRowPad.
-template <class M, int N, class Epilogue>
-__attribute__((noinline)) void gemm_rows_panel(int rows, int column, int depth, const char* const* A, const uint32_t* B,
-                                               int64_t ldb, const Epilogue& epilogue) {
-  constexpr int R = block_rows(N);
-  for (int r = 0; r < rows; r += R) {
-    const char* a[R];
-    V acc[R][N];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      a[i] = A[r + i];
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[i][j] = zero();
-    }
-    const uint32_t* p = B + column;
-#pragma GCC unroll 2
-    for (int64_t k = 0; k < depth; ++k, p += ldb) {
-      V b[N];
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) b[j] = load(p + j * V::W);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        V x = broadcast(a[i] + 4 * k);
-#pragma GCC unroll 4
-        for (int j = 0; j < N; ++j) acc[i][j] = M::mac(acc[i][j], x, b[j]);
-      }
-    }
-    epilogue(acc, r, column);
-  }
-}
-template <class M, class Epilogue>
-void gemm_rows(int rows, int vectors, int depth, const char* const* A, const uint32_t* B, int64_t ldb,
-               const Epilogue& epilogue) {
-  constexpr int N = kMaxVectors;
-  static_assert(N == 4 || N == 2);
-  int v = 0;
-  for (; v + N <= vectors; v += N) gemm_rows_panel<M, N>(rows, v * V::W, depth, A, B, ldb, epilogue);
-  for (; v < vectors; v += 2) gemm_rows_panel<M, 2>(rows, v * V::W, depth, A, B, ldb, epilogue);
-}
-
 // ------------------------------------------------------------------------------------------------ epilogues
 
 // S = scale * block, -inf where masked; with max also the running maximum of each lane.
@@ -228,30 +145,7 @@ struct Scores {
   }
 };
 
-struct Rescale {  // C = C * alpha (per column) + block
-  float* C;
-  int64_t ld;
-  const float* alpha;
-  template <int R, int N>
-  LINATTN_INLINE void operator()(V (&acc)[R][N], int r, int column) const {
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      V a = load(alpha + column + j * V::W);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        float* c = C + (r + i) * ld + column + j * V::W;
-        store(c, fma(load(c), a, acc[i][j]));
-      }
-    }
-  }
-};
-
 // ------------------------------------------------------------------------------------------------------ ops
-
-template <class T>
-T* at(const View& x, int64_t b, int64_t h, int64_t n) {
-  return static_cast<T*>(x.data) + (b * x.stride_b + h * x.stride_h + n * x.stride_n);
-}
 
 template <class T>
 struct Op {
@@ -301,17 +195,6 @@ struct Op {
     return PASS == kGradKV ? a.grad_out : pooled ? a.pooled_v : a.v;
   }
 
-  static void pack_row(const T* p, int D, uint32_t* A) {
-    auto part = [&](int j, int w) LINATTN_INLINE_LAMBDA {
-      if constexpr (U == 1) store(A + j, load_n(p + j, w));
-#ifdef __AVX512BF16__
-      if constexpr (U == 2) store_16(reinterpret_cast<bf16*>(A) + j, load_16(p + j, w), W);
-#endif
-    };
-    int j = 0;
-    for (; j + W <= D; j += W) part(j, W);
-    if (j < D) part(j, D - j);
-  }
   void pack_rows(const View& x, int64_t b, int64_t h, const Chunk& c, uint32_t* A) const {
     const T* p = at<T>(x, b, h, 0);
     for (int i = 0; i < c.n; ++i) pack_row(p + c.token[i] * x.stride_n, D, A + i * Dpu);
@@ -322,12 +205,8 @@ struct Op {
     if constexpr (U == 2) {
       const T* p = at<T>(x, b, h, 0);
       for (int i = 0; i < c.n; i += 2, A += Dp) {
-        const T* first = p + c.token[i] * x.stride_n;
         const T* second = i + 1 < c.n ? p + c.token[i + 1] * x.stride_n : nullptr;
-        const int full = second ? D / W * W : 0;
-        for (int j = 0; j < full; j += W) store(A + j, pair_rows(first + j, second + j, W));
-        for (int j = full; j < D; j += W)
-          store(A + j, pair_rows(first + j, second ? second + j : nullptr, lesser(W, D - j)));
+        pack_pair(p + c.token[i] * x.stride_n, second, D, A);
       }
     }
 #endif
@@ -482,18 +361,6 @@ struct Op {
 
   // ---- one tile and one chunk
 
-  LINATTN_INLINE static void store_weights(uint32_t* P, int ld, int i, int column, const V (&x)[4]) {
-    if constexpr (U == 1) {
-      LINATTN_EACH(r, 4) store(P + (i + r) * ld + column, x[r]);
-    }
-#ifdef __AVX512BF16__
-    if constexpr (U == 2) {
-      store(P + i / 2 * ld + column, pair(x[0], x[1]));
-      store(P + (i / 2 + 1) * ld + column, pair(x[2], x[3]));
-    }
-#endif
-  }
-
   // P = exp(S - max) and what follows from a new maximum. Rows are written up to the next multiple of four, as zeros.
   void softmax(const Tile& t, int n, const Work& w) const {
     for (int column = 0; column < L; column += W) {
@@ -505,7 +372,7 @@ struct Op {
         LINATTN_EACH(r, 4) x[r] = i + r < n ? load(w.s + (i + r) * L + column) - m : set1(-kInfinity);
         exp_neg<kDegree>(x);
         sum = sum + ((x[0] + x[1]) + (x[2] + x[3]));
-        store_weights(w.p, L, i, column, x);
+        store_weights<U>(w.p, L, i, column, x);
       }
       store(t.l + column, fma(load(t.l + column), alpha[0], sum));
       store(t.m + column, m);
@@ -530,8 +397,8 @@ struct Op {
           V d = PASS == kGradQ ? load(t.l + column) : set1(i + r < n ? w.row_delta[i + r] : 0.0f);
           g[r] = x[r] * if_positive(x[r], load(w.dp + (i + r) * L + column) - d, zero());
         }
-        if (PASS == kGradKV) store_weights(w.p, L, i, column, x);
-        store_weights(w.ds, L, i, column, g);
+        if (PASS == kGradKV) store_weights<U>(w.p, L, i, column, x);
+        store_weights<U>(w.ds, L, i, column, g);
       }
     }
   }
@@ -540,7 +407,8 @@ struct Op {
   void step(const Tile& t, const Chunk& c, const Chunk* next, int64_t b, int64_t h, const Work& w) const {
     const View &x1 = rows1<PASS>(c.pooled), &x2 = rows2<PASS>(c.pooled);
     constexpr int64_t size = sizeof(T);
-    Ahead ahead{next,
+    Ahead ahead{next ? next->token : nullptr,
+                next ? next->n : 0,
                 reinterpret_cast<const char*>(at<T>(x1, b, h, 0)),
                 reinterpret_cast<const char*>(at<T>(x2, b, h, 0)),
                 x1.stride_n * size,
