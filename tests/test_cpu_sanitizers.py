@@ -21,7 +21,7 @@ def sanitizer_works(name, folder):
     return made.returncode == 0 and subprocess.run([str(folder / "probe")], capture_output=True).returncode == 0
 
 
-FAMILIES = ["linear_attention", "window_attention"]
+FAMILIES = ["linear_attention", "window_attention", "block_causal_attention"]
 
 
 @needs_compiler

@@ -9,11 +9,13 @@
 
 #include <optional>
 
+#include "block_causal_attention.h"
 #include "linear_attention.h"
 #include "window_attention.h"
 
 namespace {
 
+using linattn::BlockCausalAttentionArgs;
 using linattn::DType;
 using linattn::LinearAttentionArgs;
 using linattn::Parallel;
@@ -218,7 +220,8 @@ WindowAttentionArgs window_args(const Tensor& q, const Tensor& k, const Tensor& 
 }
 
 // lse (B, H, queries) or its gradient.
-float* rows_pointer(const char* name, const Tensor& x, const WindowAttentionArgs& a, int64_t queries, bool contiguous) {
+template <class Args>
+float* rows_pointer(const char* name, const Tensor& x, const Args& a, int64_t queries, bool contiguous) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "linattn cpu: ", name, " must be float32");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == queries, "linattn cpu: ", name,
                   " must be (", a.B, ", ", a.H, ", ", queries, ")");
@@ -298,6 +301,78 @@ void pool_tokens_backward(const Tensor& grad_out, const Tensor& x, const Tensor&
   run(linattn::window_attention_kernels().pool_backward, a);
 }
 
+// ------------------------------------------------------------------------------------- block-causal attention
+
+// Sizes, q, k and v.
+BlockCausalAttentionArgs block_causal_args(const Tensor& q, const Tensor& k, const Tensor& v, int64_t height,
+                                           int64_t width, int64_t block, bool clamp, int64_t q_row, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4, "linattn cpu: q must have 4 dimensions (B, H, N, D), got ", q.dim());
+  STD_TORCH_CHECK(block >= 1, "linattn cpu: block must be at least 1, got ", block);
+  STD_TORCH_CHECK(height >= 0 && width >= 0 && q_row >= 0,
+                  "linattn cpu: height, width and q_row must be at least 0, got ", height, ", ", width, " and ", q_row);
+  STD_TORCH_CHECK(height % block == 0 && width % block == 0 && q_row % block == 0,
+                  "linattn cpu: height, width and q_row must be multiples of block = ", block, ", got ", height, ", ",
+                  width, " and ", q_row);
+  BlockCausalAttentionArgs a;
+  auto size = q.sizes();
+  a.dtype = dtype_of(q), a.B = size[0], a.H = size[1];
+  STD_TORCH_CHECK(size[3] >= 1 && size[3] <= 256, "linattn cpu: the head dim must be 1..256, got ", size[3]);
+  a.D = static_cast<int>(size[3]);
+  int64_t rows = width ? size[2] / width : 0;
+  STD_TORCH_CHECK(rows * width == size[2] && rows % block == 0 && q_row + rows <= height,
+                  "linattn cpu: q must hold rows of blocks of the ", height, " x ", width, " grid from q_row ", q_row,
+                  " on, got ", size[2], " tokens");
+  if (height == 0 || width == 0) block = 1;  // there are no blocks: their area need not fit
+  a.rows = height / block, a.columns = width / block, a.block = block;
+  a.q_row = q_row / block, a.q_rows = rows / block;
+  a.clamp = clamp, a.scale = static_cast<float>(scale);
+  a.q = view("q", q, a, size[2], a.D);
+  a.k = view("k", k, a, height * width, a.D), a.v = view("v", v, a, height * width, a.D);
+  return a;
+}
+
+// slot_embed or its gradient.
+float* slots_pointer(const char* name, const Tensor& x, const BlockCausalAttentionArgs& a) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "linattn cpu: ", name,
+                  " must be float32 and contiguous");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 4 && x.size(1) == a.H && x.size(2) == a.D, "linattn cpu: ", name,
+                  " must be (4, ", a.H, ", ", a.D, ")");
+  return static_cast<float*>(x.data_ptr());
+}
+
+void block_causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& slot_embed,
+                            int64_t height, int64_t width, int64_t block, bool clamp, int64_t q_row, double scale,
+                            const Tensor& out, const Tensor& lse) {
+  BlockCausalAttentionArgs a = block_causal_args(q, k, v, height, width, block, clamp, q_row, scale);
+  if (slot_embed) a.slot_embed = slots_pointer("slot_embed", *slot_embed, a);
+  a.out = view("out", out, a, q.size(2), a.D);
+  a.lse = rows_pointer("lse", lse, a, q.size(2), true);
+  run(linattn::block_causal_attention_kernels().forward, a);
+}
+
+void block_causal_attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
+                                     const Tensor& k, const Tensor& v, const OptionalTensor& slot_embed,
+                                     const Tensor& out, const Tensor& lse, int64_t height, int64_t width, int64_t block,
+                                     bool clamp, int64_t q_row, double scale, const Tensor& grad_q,
+                                     const Tensor& grad_k, const Tensor& grad_v,
+                                     const OptionalTensor& grad_slot_embed) {
+  BlockCausalAttentionArgs a = block_causal_args(q, k, v, height, width, block, clamp, q_row, scale);
+  if (slot_embed) a.slot_embed = slots_pointer("slot_embed", *slot_embed, a);
+  STD_TORCH_CHECK(slot_embed.has_value() == grad_slot_embed.has_value(),
+                  "linattn cpu: grad_slot_embed goes with slot_embed");
+  if (grad_slot_embed) a.grad_slot_embed = slots_pointer("grad_slot_embed", *grad_slot_embed, a);
+  int64_t queries = q.size(2), keys = k.size(2);
+  a.grad_out = view("grad_out", grad_out, a, queries, a.D), a.out = view("out", out, a, queries, a.D);
+  a.lse = rows_pointer("lse", lse, a, queries, true);
+  if (grad_lse) {
+    a.grad_lse = rows_pointer("grad_lse", *grad_lse, a, queries, false);
+    for (int i = 0; i < 3; ++i) a.grad_lse_stride[i] = grad_lse->stride(i);
+  }
+  a.grad_q = view("grad_q", grad_q, a, queries, a.D);
+  a.grad_k = view("grad_k", grad_k, a, keys, a.D), a.grad_v = view("grad_v", grad_v, a, keys, a.D);
+  run(linattn::block_causal_attention_kernels().backward, a);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(linattn, CPU, m) {
@@ -310,4 +385,6 @@ STABLE_TORCH_LIBRARY_IMPL(linattn, CPU, m) {
   m.impl("_window_attention_backward_cpu", TORCH_BOX(&window_attention_backward));
   m.impl("_pool_tokens_cpu", TORCH_BOX(&pool_tokens));
   m.impl("_pool_tokens_backward_cpu", TORCH_BOX(&pool_tokens_backward));
+  m.impl("_block_causal_attention_cpu", TORCH_BOX(&block_causal_attention));
+  m.impl("_block_causal_attention_backward_cpu", TORCH_BOX(&block_causal_attention_backward));
 }
