@@ -790,6 +790,33 @@ def test_window_that_covers_the_grid_is_stock_attention_at_every_size(family):
         assert relative_error(draw_tokens(pipe, *size), draw_tokens(stock, *size)) < ROUNDING, size
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "sd35"])
+def test_small_window_is_stock_attention_under_the_mask_of_the_circle(family, monkeypatch):
+    """With a LoRA on top, on a grid whose sides differ; every attention of the stock transformer gets the mask."""
+    height, width, text, radius = 4, 6, 5, 3
+    tokens, text_first = height * width, family == "flux"
+    y, x = torch.arange(tokens) // width, torch.arange(tokens) % width
+    near = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2
+    joint = torch.ones(tokens + text, tokens + text, dtype=torch.bool)
+    image = slice(text, None) if text_first else slice(tokens)
+    joint[image, image] = near
+    masks = {tokens: near, tokens + text: joint}
+    attend, calls = nn.functional.scaled_dot_product_attention, []
+
+    def masked(query, key, value, **_):
+        calls.append(query.shape[2])
+        return attend(query, key, value, attn_mask=masks[query.shape[2]])
+
+    pipe = load_lora(tiny_pipeline(family), family)
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.functional, "scaled_dot_product_attention", masked)
+            expected = call_transformer(pipe.transformer, height, width, text)
+        clear = mount_with_own_weights(pipe, radius, 1)
+        assert len(calls) == len(clear.modules_dict)
+        assert relative_error(call_transformer(pipe.transformer, height, width, text), expected) < ROUNDING
+
+
 @EVERY
 def test_window_follows_the_shape_of_the_grid_and_not_its_number_of_tokens(family):
     """Neighbours in a wide grid are other ones than in a narrow grid of as many tokens."""
