@@ -234,7 +234,7 @@ def test_guidance_defaults_to_that_of_the_pipeline(draw, models):
     steps = ("--weights", "base", "--steps", "1")
     assert record_of(draw(PROMPT, "--model", models / "sd15", *steps))["request"]["guidance"] == 7.5
     assert record_of(draw(PROMPT, "--model", models / "sdxl", *steps))["request"]["guidance"] == 5.0
-    assert record_of(draw(PROMPT, "--steps", "1"))["request"]["guidance"] == command.BUNDLED_GUIDANCE
+    assert record_of(draw(PROMPT, "--steps", "1"))["request"]["guidance"] == 2.5
 
 
 def test_a_bundled_student_is_used_by_default_and_others_of_its_kind_are_not(draw, models, tmp_path, monkeypatch):
@@ -1020,7 +1020,7 @@ def test_the_bundled_clear_of_a_bundled_flux_is_found_by_its_window(draw, transf
     for options, name, window in (((), "tiny_a", 2), (("--down-factor", "2"), "tiny_b", 3)):
         request = record_of(draw(PROMPT, *SMALL, *options))["request"]
         assert (request["weights"], request["window_size"]) == (name, window)
-        assert request["guidance"] == command.BUNDLED_GUIDANCE
+        assert request["guidance"] == 2.5
 
 
 # ------------------------------------------------------------------------------------------------ high resolution

@@ -36,7 +36,7 @@ PIPELINES = {
     "FluxPipeline": Kind("FluxImg2ImgPipeline", "FluxTransformer2DModel", 2, 4),
     "StableDiffusion3Pipeline": Kind("StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", 2, 1),
 }
-BUNDLED_GUIDANCE = 2.5  # what the bundled models were scored with
+USUAL_GUIDANCE = 2.5  # of models that draw canvases, where nothing says another
 
 
 class Problem(Exception):
@@ -125,6 +125,14 @@ def locate(option: str, name: str) -> Source:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return Source(option, name, "hub", None)
     raise Problem(f"{option}: the folder {name!r} does not exist; {instead_of(name)}")
+
+
+def guidance_of(source: Source) -> float:
+    """The guidance that a model which draws canvases was scored with, from the card that its training wrote."""
+    try:
+        return float(json.loads((source.path / "card.json").read_text())["scores"]["settings"]["guidance_scale"])
+    except (FileNotFoundError, KeyError):
+        return USUAL_GUIDANCE
 
 
 def fetch(source: Source, revision: str | None, patterns: list[str]) -> Path:

@@ -35,13 +35,14 @@ from linattn._quiet import quiet_diffusers
 from linattn.cli import _variants
 from linattn.cli._attention import bundled_student
 from linattn.cli._models import (
-    BUNDLED_GUIDANCE,
+    USUAL_GUIDANCE,
     Problem,
     Source,
     check_safetensors,
     digests,
     fetch,
     fetch_pipeline,
+    guidance_of,
     line,
     locate,
     raise_if_memory,
@@ -100,9 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        default=BUNDLED_GUIDANCE,
         metavar="SCALE",
-        help=f"how strongly to follow the prompt [{BUNDLED_GUIDANCE:g}]",
+        help=f"how strongly to follow the prompt [that of the model's recorded scores, else {USUAL_GUIDANCE:g}]",
     )
     parser.add_argument("--out", type=Path, default=Path("eval.json"), metavar="FILE", help="the JSON [eval.json]")
     parser.add_argument(
@@ -148,6 +148,8 @@ def _run(args: argparse.Namespace) -> int:
     if model.path is None:
         model.path = fetch(model, None, ["*.json"])
     layout = read_layout(model)
+    if args.guidance is None:
+        args.guidance = guidance_of(model)
     if args.steps > layout.train_steps:
         raise Problem(f"--steps: expected at most the {layout.train_steps} of this model, got {args.steps}")
     student, chosen = _student(args, model, layout)
@@ -300,7 +302,7 @@ def _check_values(args: argparse.Namespace) -> None:
             raise Problem(f"--{name}: expected {least} or more, got {value}")
     if not 0 <= args.seed <= LARGEST_SEED:
         raise Problem(f"--seed: expected 0 to 2^63 - 1, got {args.seed}")
-    if not math.isfinite(args.guidance) or args.guidance < 0:
+    if args.guidance is not None and (not math.isfinite(args.guidance) or args.guidance < 0):
         raise Problem(f"--guidance: expected 0 or more, got {args.guidance:g}")
     if len(set(args.digits)) < len(args.digits) or not all(1 <= k <= LONGEST for k in args.digits):
         raise Problem(f"--digits: expected different numbers from 1 to {LONGEST}, got {_words(args.digits)}")

@@ -27,7 +27,6 @@ from pathlib import Path
 from linattn._quiet import quiet_diffusers
 from linattn.cli import _attention, _record, _stages
 from linattn.cli._models import (
-    BUNDLED_GUIDANCE,
     Layout,
     Problem,
     Source,
@@ -36,6 +35,7 @@ from linattn.cli._models import (
     digests,
     fetch,
     fetch_pipeline,
+    guidance_of,
     line,
     locate,
     raise_if_memory,
@@ -112,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         metavar="SCALE",
-        help=f"how strongly to follow the prompt, 1 or less: no guidance [bundled models {BUNDLED_GUIDANCE:g}, "
-        "Stable Diffusion 7.5, XL 5, 3 7; FLUX.1-dev 3.5, schnell none]",
+        help="how strongly to follow the prompt, 1 or less: no guidance [bundled models: that of their "
+        "scores; Stable Diffusion 7.5, XL 5, 3 7; FLUX.1-dev 3.5, schnell none]",
     )
     parser.add_argument("--seed", type=int, metavar="N", help=f"of the first picture [{DEFAULTS['seed']}]")
     parser.add_argument("--size", metavar="N|WxH", help="pixels, N for a square [what the model was trained for]")
@@ -499,7 +499,7 @@ def _settle_guidance(request: Request, layout: Layout, model: Source) -> None:
         own = inspect.signature(getattr(diffusers, layout.class_name).__call__).parameters["guidance_scale"].default
         if layout.class_name == "FluxPipeline" and not layout.reads_guidance:
             own = 1.0  # distilled to do without, like FLUX.1-schnell
-        request.guidance = BUNDLED_GUIDANCE if model.kind == "bundled" else own
+        request.guidance = guidance_of(model) if model.kind == "bundled" else own
     for stage in request.stages or ():
         if stage.guidance is None:
             stage.guidance = request.guidance
