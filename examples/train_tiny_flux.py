@@ -98,13 +98,13 @@ class Recipe:
     pens: int = 16
     written: int = 360  # cells that each pen writes for canvases of one digit, of two, and so on
     train_scans: int | None = None  # None: all
-    student_steps: int = 1000
+    student_steps: int = 1500
     student_canvases: int = 2000
-    window_size: int = 2
+    window_size: int = 3
     down_factor: int = 4
     score_count: int = 100  # pictures per set of orders
     score_steps: int = 15
-    score_guidance: float = 2.5
+    score_guidance: float = 5.0
 
 
 SMOKE = Recipe(

@@ -21,11 +21,37 @@ pytest.importorskip("sklearn")
 from safetensors import safe_open
 
 from linattn import bundled, evaluate
-from linattn.adapters import LinFusion
+from linattn.adapters import CLEAR, LinFusion
 from linattn.bundled import canvases, digits
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "train_tiny_sd.py"
-LIMITS = {"tiny_sd": 8_000_000, "tiny_sd_linfusion": 3_000_000}  # bytes
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+LIMITS = {  # bytes
+    "tiny_sd": 8_000_000,
+    "tiny_sd_linfusion": 3_000_000,
+    "tiny_flux": 3_000_000,
+    "tiny_flux_clear": 3_000_000,
+    "tiny_flux_clear_down_4": 3_000_000,
+}
+
+
+def script_of(name: str) -> str:
+    """The script that made a bundled model."""
+    return "train_tiny_flux" if name.startswith("tiny_flux") else "train_tiny_sd"
+
+
+def load_script(name: str, monkeypatch):
+    """A training script as a module, and what it changes of the process put back by `monkeypatch`."""
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("the training scripts need transformers 5")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the script sets it for itself; here it is taken back afterwards
+    monkeypatch.syspath_prepend(EXAMPLES)  # what the scripts share
+    for shared in ("tiny_training", "train_tiny_sd"):
+        monkeypatch.delitem(sys.modules, shared, raising=False)
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def files(folder: pathlib.Path) -> list[str]:
@@ -68,7 +94,8 @@ class TestFolder:
     def test_card_says_how_it_was_made(self, name):
         card = json.loads((bundled.path(name) / "card.json").read_text())
         assert {"what", "data", "command", "date", "recipe", "stages", "seconds", "scores", "versions"} <= card.keys()
-        assert card["command"].startswith("python examples/train_tiny_sd.py") and "--smoke" not in card["command"]
+        assert card["command"].startswith(f"python examples/{script_of(name)}.py --out DIR")
+        assert "--smoke" not in card["command"] and "--set" not in card["command"]
         assert {"python", "torch", "diffusers", "transformers", "tokenizers"} <= card["versions"].keys()
         assert card["scores"]["settings"]["n"] >= 100
 
@@ -91,6 +118,77 @@ class TestFolder:
         hardest = f"{canvases.LONGEST} digits"
         assert exact["teacher"][hardest][high] < exact["real digits"][hardest][low]
         assert scores["after"]["error"][high] < scores["before"]["error"][low]
+
+    def test_recorded_scores_of_windows_tell_distilled_from_not(self):
+        scores = json.loads((bundled.path("tiny_flux") / "card.json").read_text())["scores"]
+        drawn = ("teacher", "alone", "before", "after", "before, pooled", "after, pooled")
+        exact = {name: scores[name]["exact"]["held out"] for name in drawn}
+        value, low, high = 0, 1, 2
+        assert exact["alone"][high] < 0.05 and exact["teacher"][low] > 0.3
+        for kind in ("", ", pooled"):
+            before, after = f"before{kind}", f"after{kind}"
+            assert exact[before][high] < exact[after][low]
+            assert scores[after]["error"][high] < scores[before]["error"][low]
+            assert scores[after]["canvas_distance"][high] < scores[before]["canvas_distance"][low]
+        assert exact["after"][value] < exact["teacher"][value]  # a window of this size takes something away
+        hardest = f"{canvases.LONGEST} digits"
+        assert scores["teacher"]["exact"][hardest][high] < scores["real digits"]["exact"][hardest][low]
+
+
+class TestFlux:
+    def test_loads_offline_and_draws_with_windows_and_without(self, monkeypatch):
+        from diffusers import FluxPipeline, FluxTransformer2DModel
+
+        def refuse(*_):
+            raise AssertionError("something looked at the network")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        pipe = FluxPipeline.from_pretrained(bundled.path("tiny_flux"))
+        pipe.set_progress_bar_config(disable=True)
+        assert type(pipe.transformer) is FluxTransformer2DModel and not pipe.transformer.config.guidance_embeds
+        orders = [(digit,) for digit in range(10)] + [(digit, (digit + 3) % 10) for digit in range(10)]
+        prompts = [canvases.caption(order) for order in orders]
+
+        def drawn():
+            pictures = evaluate.draw(
+                pipe, prompts, seeds=range(len(orders)), steps=10, guidance_scale=5.0, side=canvases.RESOLUTION
+            )
+            return pictures, evaluate.score_canvases(pictures, orders).exact.mean()
+
+        stock, accuracy = drawn()
+        assert accuracy >= 0.5  # chance is one in ten for a single digit, and less for its number
+        for student in ("tiny_flux_clear", "tiny_flux_clear_down_4"):
+            clear = CLEAR.construct_for(pipe, pretrained_model_name_or_path=bundled.path(student))
+            windowed, accuracy = drawn()
+            clear.unmount()
+            assert accuracy >= 0.1 and not torch.equal(windowed, stock)
+        assert torch.equal(drawn()[0], stock)
+
+    def test_the_recipe_of_the_trainer_makes_the_shipped_student(self):
+        """The script hands its own numbers to the recipe; both say the same, so that either command makes it."""
+        from linattn.distill import recipe
+
+        card = json.loads((bundled.path("tiny_flux_clear") / "card.json").read_text())["recipe"]
+        found = recipe.load("clear_tiny_flux", [])
+        assert found.training.steps == card["student_steps"]
+        assert found.student.options["window_size"] == card["window_size"]
+        config = json.loads((bundled.path("tiny_flux_clear_down_4") / "config.json").read_text())
+        assert (config["window_size"], config["down_factor"]) == (card["window_size"], card["down_factor"])
+
+    def test_the_script_trains_and_writes_the_same_files_as_the_bundled_models(self, monkeypatch, tmp_path):
+        script = load_script("train_tiny_flux", monkeypatch)
+        out, threads = tmp_path / "models", torch.get_num_threads()
+        try:
+            assert script.main(["--smoke", "--threads", "1", "--out", str(out)]) == 0
+        finally:
+            torch.set_num_threads(threads)
+        for name in ("tiny_flux", "tiny_flux_clear", "tiny_flux_clear_down_4"):
+            assert files(out / name) == files(bundled.path(name))
+            card = json.loads((out / name / "card.json").read_text())
+            shipped = json.loads((bundled.path(name) / "card.json").read_text())
+            assert card.keys() == shipped.keys() and card["scores"].keys() == shipped["scores"].keys()
+            assert shipped["recipe"] == json.loads(json.dumps(dataclasses.asdict(script.Recipe())))
+        assert str(tmp_path) not in "".join(file.read_text() for file in out.rglob("*.json"))
 
 
 class TestPipeline:
@@ -186,14 +284,7 @@ class TestPipeline:
 class TestTrainingScript:
     @pytest.fixture
     def script(self, monkeypatch):
-        if int(version("transformers").split(".")[0]) < 5:
-            pytest.skip("the training script needs transformers 5")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the script sets it for itself; here it is taken back afterwards
-        spec = importlib.util.spec_from_file_location("train_tiny_sd", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "train_tiny_sd", module)  # dataclasses look their module up
-        monkeypatch.syspath_prepend(SCRIPT.parent)  # what the scripts share
-        spec.loader.exec_module(module)
+        module = load_script("train_tiny_sd", monkeypatch)
         threads = torch.get_num_threads()
         yield module
         torch.set_num_threads(threads)
@@ -201,7 +292,7 @@ class TestTrainingScript:
     def test_trains_writes_the_same_files_as_the_bundled_models_and_resumes(self, script, tmp_path, capsys):
         out, work = tmp_path / "models", tmp_path / "models.stages"
         assert script.main(["--smoke", "--threads", "1", "--out", str(out)]) == 0
-        for name in LIMITS:
+        for name in ("tiny_sd", "tiny_sd_linfusion"):
             assert files(out / name) == files(bundled.path(name))
             card = json.loads((out / name / "card.json").read_text())
             shipped = json.loads((bundled.path(name) / "card.json").read_text())

@@ -16,7 +16,8 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from linattn import bundled, demos
+from linattn import demos
+from linattn.bundled import canvases
 from linattn.cli import demo
 from linattn.demos import _layout
 
@@ -105,7 +106,6 @@ class TestLayout:
 
 
 def test_prompts_that_are_said_to_be_unseen_are_held_out():
-    from linattn.bundled import canvases
     from linattn.demos import _comparison
 
     unseen = {
@@ -118,22 +118,31 @@ def test_prompts_that_are_said_to_be_unseen_are_held_out():
     assert not set(_comparison.PROMPTS[3:]) & unseen
 
 
-def test_quick_demo_draws_scores_and_measures_all_sides(tmp_path):
-    command = [sys.executable, "-m", "linattn", "demo", "--quick", "--part", "stable_diffusion", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("part", "model", "control", "adapter"),
+    [
+        ("stable_diffusion", "tiny_sd", "zeroed", "LinFusion.construct_for(pipe)"),
+        ("flux", "tiny_flux", "alone", "CLEAR.construct_for("),
+    ],
+    ids=["stable_diffusion", "flux"],
+)
+def test_quick_demo_draws_scores_and_measures_all_sides(tmp_path, part, model, control, adapter):
+    command = [sys.executable, "-m", "linattn", "demo", "--quick", "--part", part, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "stable_diffusion.json").read_text())
+    figures = json.loads((tmp_path / f"{part}.json").read_text())
     assert figures["backend"] in ("cpu", "reference") and f"backend {figures['backend']!r}" in done.stdout
     variants = figures["scores"]["variants"]
-    assert list(variants) == ["teacher", "zeroed", "before", "after"]
+    assert list(variants) == ["teacher", control, "before", "after"]
     assert variants["teacher"]["summary"]["error"] is None
-    assert all(variants[name]["summary"]["error"][0] > 0 for name in ("zeroed", "before", "after"))
+    assert all(variants[name]["summary"]["error"][0] > 0 for name in (control, "before", "after"))
     assert figures["unmounting_restores_the_pictures"] is True
-    unet = json.loads((bundled.path() / "unet" / "config.json").read_text())
-    assert max(row["tokens"] for row in figures["layers"]) == unet["sample_size"] ** 2
+    pixels_per_token, text = (8, 0) if part == "stable_diffusion" else (16, 16)
+    tokens = (canvases.RESOLUTION // pixels_per_token) ** 2 + text
+    assert max(row["tokens"] for row in figures["layers"]) == tokens
     assert all(row["teacher_seconds"] > 0 and row["after_seconds"] > 0 for row in figures["layers"])
-    assert "LinFusion.construct_for(pipe)" in done.stdout and "linattn eval" in done.stdout
+    assert adapter in done.stdout and f"linattn eval --model {model}" in done.stdout
 
-    picture = Image.open(tmp_path / "stable_diffusion.png").convert("RGB")
+    picture = Image.open(tmp_path / f"{part}.png").convert("RGB")
     assert picture.width > 600 and picture.height > 300
     assert len(picture.getcolors(1 << 24)) > 100  # more than labels on paper

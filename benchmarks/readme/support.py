@@ -29,6 +29,7 @@ DEVICES = {
 FAMILIES = {
     "linear_attention": "linear_attention, linear_attention_state, linear_attention_apply",
     "window_attention": "window_attention, pool_tokens",
+    "block_causal_attention": "block_causal_attention",
 }
 
 
