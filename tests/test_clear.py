@@ -372,9 +372,10 @@ def test_ids_are_read_again_when_they_change():
 def test_ids_that_are_no_single_raster_are_refused():
     kontext = torch.cat([raster(4, 6), raster(4, 6) + torch.tensor([1.0, 0, 0])])
     side_by_side = torch.cat([raster(4, 6), raster(4, 6) + torch.tensor([0, 0, 6.0])])
+    below = torch.cat([raster(4, 6), raster(2, 6) + torch.tensor([1.0, 4.0, 0])])
     columns_first = raster(4, 6)[:, [0, 2, 1]]
     shuffled = raster(4, 6)[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
-    for ids in (kontext, side_by_side, columns_first, shuffled, raster(4, 6)[:-1], torch.zeros(6, 3)):
+    for ids in (kontext, side_by_side, below, columns_first, shuffled, raster(4, 6)[:-1], torch.zeros(6, 3)):
         for dtype in (torch.float32, torch.bfloat16):
             with pytest.raises(ValueError, match=r"img_ids must be one image.*Kontext.*unmount"):
                 read_grid(ids.to(dtype))
