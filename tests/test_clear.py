@@ -805,6 +805,7 @@ def test_mounting_on_fused_projections_calls_them_one_by_one_and_gives_the_fused
     before = trace(model)
     clear = CLEAR.construct_for(model, 2, load_pretrained=False)
     assert torch.equal(run(model), run(plain))
+    assert model.state_dict().keys() == plain.state_dict().keys()  # no copy of weights that are not in use
     clear.unmount()
     assert_same_trace(trace(model), before)
 
