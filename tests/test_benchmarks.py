@@ -484,7 +484,9 @@ def test_a_record_reads_back_what_was_written(tmp_path):
 
 def readme(tmp_path, *names):
     path = tmp_path / "README.md"
-    path.write_text("above\n" + "".join(f"<!-- table: {n} -->\nold\n<!-- end table -->\nbetween two tables\n" for n in names))
+    path.write_text(
+        "above\n" + "".join(f"<!-- table: {n} -->\nold\n<!-- end table -->\nbetween two tables\n" for n in names)
+    )
     return path
 
 
