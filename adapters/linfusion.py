@@ -35,10 +35,11 @@ from ._mount import (
     base_layer,
     find_unet,
     is_offloaded,
+    refuse_fused,
+    some,
     subtract_fused,
     weight_dtype,
     weights_present,
-    why_fused_stays,
     wrappers,
 )
 
@@ -371,7 +372,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         wrapped = [f"{i}.{slot}" for i, m in self.named_children() for slot in SLOTS if _is_wrapped(m, slot)]
         if wrapped:
             raise ValueError(
-                f"LoRA (or another peft) layers are attached at {_some(wrapped)}: unmount() first (they stay with the "
+                f"LoRA (or another peft) layers are attached at {some(wrapped)}: unmount() first (they stay with the "
                 "UNet), then save"
             )
         if is_offloaded(self):
@@ -428,8 +429,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             raise RuntimeError("this LinFusion is not mounted on a UNet")
         foreign = self._mount.foreign()
         if foreign:
-            raise RuntimeError(f"the UNet no longer holds LinFusion's modules at {_some(foreign)}; nothing was changed")
-        _refuse_fused(self.modules_dict, self._mount.originals, "unmount")
+            raise RuntimeError(f"the UNet no longer holds LinFusion's modules at {some(foreign)}; nothing was changed")
+        refuse_fused(self.modules_dict, self._mount.originals, SLOTS, "unmount")
         self._mount.undo()
         # fuse_qkv_projections keeps the processors it found, to put them back: ours must not go on the originals.
         kept = getattr(self._mount.model, "original_attn_processors", None) or {}
@@ -454,8 +455,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             if reason:
                 problems.append(f"{name}: {reason}")
         if problems:
-            raise ValueError(f"LinFusion does not fit this UNet ({len(problems)} modules): {_some(problems, '; ')}")
-        _refuse_fused(found, found, "mount")
+            raise ValueError(f"LinFusion does not fit this UNet ({len(problems)} modules): {some(problems, '; ')}")
+        refuse_fused(found, found, SLOTS, "mount")
 
 
 def _named(keys, modules_list: list[dict]) -> str:
@@ -465,7 +466,7 @@ def _named(keys, modules_list: list[dict]) -> str:
         index = str(key).partition(".")[0]
         known = index.isdigit() and int(index) < len(modules_list)
         named.append(f"{key} ({modules_list[int(index)]['module_name']})" if known else str(key))
-    return _some(named)
+    return some(named)
 
 
 def _branch(dim: int, mid_dim: int | None) -> nn.Module:
@@ -553,27 +554,12 @@ def _refuse_mounted(unet: nn.Module) -> None:
         raise RuntimeError(f"a LinFusion is mounted on this UNet already ({name} is linear): unmount() it first")
 
 
-def _refuse_fused(sources: dict[str, nn.Module], targets: dict[str, nn.Module], action: str) -> None:
-    """Raise where a LoRA is fused into a layer of `sources` and cannot move to the same layer of `targets`."""
-    stuck = []
-    for name, module in sources.items():
-        for slot in SLOTS:
-            reason = why_fused_stays(module.get_submodule(slot), targets[name].get_submodule(slot))
-            if reason:
-                stuck.append(f"{name}.{slot}: {reason}")
-    if stuck:
-        raise ValueError(
-            f"cannot {action} while a LoRA is fused into {_some(stuck, '; ')}. unfuse_lora() first, {action}, "
-            "then fuse again"
-        )
-
-
 def _warn_of_processors(originals: dict[str, nn.Module]) -> None:
     foreign = {name: type(m.processor).__name__ for name, m in originals.items() if not _is_stock(m.processor)}
     if foreign:
         warnings.warn(
             f"LinFusion sets aside the attention processors {', '.join(sorted(set(foreign.values())))} of "
-            f"{_some(foreign)}: they do nothing until unmount()",
+            f"{some(foreign)}: they do nothing until unmount()",
             stacklevel=3,
         )
 
@@ -586,9 +572,3 @@ def _is_stock(processor) -> bool:
 
 def _is_wrapped(module: nn.Module, slot: str) -> bool:
     return bool(wrappers(module.get_submodule(slot)))
-
-
-def _some(items, separator: str = ", ") -> str:
-    items = [str(item) for item in items]
-    shown = separator.join(items[:3])
-    return shown if len(items) <= 3 else f"{shown}{separator}... ({len(items)} in all)"
