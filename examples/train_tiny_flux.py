@@ -241,20 +241,6 @@ class Latents(sd.Cells):
         self.shift, self.scale = z.mean().item(), 1 / z.std().item()
         self._map(lambda x: (x - self.shift) * self.scale)
 
-    def compose(self, orders: list[canvases.Order], words: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`paste`, and which digit of its order each cell shows: (n, CELLS), 0 is the first, -1 none."""
-        canvas, places = [], torch.full((len(orders), canvases.CELLS), -1)
-        for order, place in zip(orders, places, strict=True):
-            count = len(order)
-            pens, blanks = self.empty[count].shape[:2]
-            pen = words.randrange(pens)
-            cells = self.empty[count][pen, [words.randrange(blanks) for _ in range(canvases.CELLS)]]
-            for number, cell in enumerate(words.choice(canvases.LAYOUTS[count])):
-                cells[cell] = self.digit(order[number], count, pen, words)
-                place[cell] = number
-            canvas.append(cells)
-        return canvases.join(torch.stack(canvas)), places
-
     def _map(self, change) -> None:
         for tensors in (self.written, self.empty):
             for count in tensors:

@@ -255,17 +255,25 @@ class Cells:
         return torch.stack([self.digit(d, words.choice(counts), words.randrange(pens), words) for (d,) in orders])
 
     def paste(self, orders: list[canvases.Order], words: random.Random) -> torch.Tensor:
-        """Whole canvases: one pen each, any layout, any scans of the digits: (n, 4, height, width)."""
-        canvas = []
-        for order in orders:
+        """The canvases of :meth:`compose` alone."""
+        return self.compose(orders, words)[0]
+
+    def compose(self, orders: list[canvases.Order], words: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole canvases: one pen each, any layout, any scans of the digits: (n, 4, height, width).
+
+        Besides, which digit of its order each cell shows: (n, CELLS), 0 is the first, -1 none.
+        """
+        canvas, places = [], torch.full((len(orders), canvases.CELLS), -1)
+        for order, place in zip(orders, places, strict=True):
             count = len(order)
             pens, blanks = self.empty[count].shape[:2]
             pen = words.randrange(pens)
             cells = self.empty[count][pen, [words.randrange(blanks) for _ in range(canvases.CELLS)]]
-            for digit, cell in zip(order, words.choice(canvases.LAYOUTS[count]), strict=True):
-                cells[cell] = self.digit(digit, count, pen, words)
+            for number, cell in enumerate(words.choice(canvases.LAYOUTS[count])):
+                cells[cell] = self.digit(order[number], count, pen, words)
+                place[cell] = number
             canvas.append(cells)
-        return canvases.join(torch.stack(canvas))
+        return canvases.join(torch.stack(canvas)), places
 
 
 # --- 3. text and diffusion --------------------------------------------------------------------------------------------
