@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -37,6 +38,7 @@ from linattn.adapters import CLEAR, LinFusion
 from linattn.cli import main
 from linattn.cli.distill import resolve
 from linattn.distill import checkpoint, pipelines, recipe
+from linattn.distill.precompute import fill_caches
 from linattn.distill.student import merged_state_dict
 from linattn.distill.trainer import Interrupted, Trainer
 
@@ -746,6 +748,21 @@ def test_cached_embeddings_and_latents_train_the_same_student(folders, tmp_path,
     for key, value in plain.items():
         # Encoded one by one instead of in batches, so rounded differently; Adam makes that a share of its step of 1e-4.
         torch.testing.assert_close(cached[key], value, rtol=0, atol=2e-5)
+
+
+def test_processes_fill_a_cache_together_whichever_looks_first(folders, tmp_path):
+    """The second looks for what is missing when the first has written its share: between them nothing may be left."""
+    shared = f"data.cache={{text: true, latents: true, folder: {tmp_path / 'cache'}}}"
+    options = ["data.resize=crop", "data.caption_drop=0.5"]
+    trainer = Trainer(small(folders, tmp_path, shared, *options), LinFusion, say=lambda _: None)
+    arguments = trainer.recipe, trainer.models, trainer.source, trainer.folder
+    for rank in range(2):
+        process = SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: None
+        )
+        text, latents = fill_caches(*arguments, process)
+    assert len(list(text.folder.rglob("*.safetensors"))) == 11 + 1, "with the empty caption"
+    assert len(list(latents.folder.rglob("*.safetensors"))) == 11
 
 
 def test_second_run_uses_the_cache_of_the_first_and_another_model_does_not(folders, tmp_path, monkeypatch):

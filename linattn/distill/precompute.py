@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,13 +32,13 @@ def fill_caches(
         encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         length = {} if models.text_length is None else {"length": models.text_length}
         text = Cache(folder / "text", {"weights": digest(encoders), **length})
-        for caption in _share(text.missing(list(captions(source, data))), "encoding captions", accelerator):
+        for caption in _share(text, captions(source, data), "encoding captions", accelerator):
             encoded = models.encode_text([caption])
             text.put(caption, {name: value[0].cpu() for name, value in encoded.items()})
     if wanted.latents:
         latents = Cache(folder / "latents", {"weights": digest([pipeline.vae])})
         places = {latent_key(source, index, target, data): (index, target) for index, target in targets(source, data)}
-        for key in _share(latents.missing(list(places)), "encoding pictures", accelerator):
+        for key in _share(latents, places, "encoding pictures", accelerator):
             index, target = places[key]
             image = source.image(index)
             pixels, _ = prepare_image(image, target, resize=data.resize, interpolation=data.interpolation)
@@ -58,8 +58,13 @@ def digest(modules: Sequence[nn.Module]) -> str:
     return state.hexdigest()
 
 
-def _share(items: list, what: str, accelerator) -> Iterator:
+def _share(cache: Cache, keys: Iterable[str], what: str, accelerator) -> Iterator[str]:
+    """What this process has to encode: its share of all keys, less what is there.
+
+    The keys are shared out, not what is missing: another process may have written entries before this one looks, and
+    then the two would cut different lists, with keys in nobody's share.
+    """
     from tqdm.auto import tqdm
 
-    own = items[accelerator.process_index :: accelerator.num_processes]
+    own = cache.missing(list(dict.fromkeys(keys))[accelerator.process_index :: accelerator.num_processes])
     return iter(tqdm(own, desc=what, disable=not (accelerator.is_main_process and own), file=sys.stderr))
