@@ -5,7 +5,15 @@ They need diffusers, which linattn itself does not: `pip install "linattn[diffus
 
 import importlib
 
-_HOME = {"CLEAR": "clear", "LinFusion": "linfusion", "LinearAttention": "linfusion", "LinearAttnProcessor": "linfusion"}
+_HOME = {
+    "CLEAR": "clear",
+    "InfDiTTransformer2DModel": "infdit",
+    "InfDiTUpscalePipeline": "infdit",
+    "LinFusion": "linfusion",
+    "LinearAttention": "linfusion",
+    "LinearAttnProcessor": "linfusion",
+    "convert_infdit_checkpoint": "infdit",
+}
 
 __all__ = list(_HOME)
 
