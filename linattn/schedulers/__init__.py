@@ -1,10 +1,16 @@
 """Schedulers for diffusers pipelines. Needs the extra: pip install "linattn[diffusers]".
 
 `PeRFlowScheduler` (docs/perflow.md) samples from few-step students; `piecewise` is the mathematics of piecewise
-rectified flow that it shares with the training, and needs torch only.
+rectified flow that it shares with the training. `EDMScheduler` samples from EDM models such as Inf-DiT
+(docs/infdit.md); `edm` is its mathematics. `piecewise` and `edm` need torch only.
 """
 
-_EXPORTS = {"PeRFlowScheduler": "perflow", "PeRFlowSchedulerOutput": "perflow"}
+_EXPORTS = {
+    "EDMScheduler": "edm_scheduler",
+    "EDMSchedulerOutput": "edm_scheduler",
+    "PeRFlowScheduler": "perflow",
+    "PeRFlowSchedulerOutput": "perflow",
+}
 __all__ = sorted(_EXPORTS)
 
 
