@@ -13,27 +13,31 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PlainValidator,
-    Tag,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
 
 from ..paths import expand, instead_of, tar_paths
+from .schema import (
+    Count,
+    NotNegative,
+    Number,
+    Pixels,
+    Positive,
+    Probability,
+    Section,
+    Seed,
+    Text,
+    Texts,
+    as_paths,
+    as_tuple,
+    import_path,
+    number,
+)
+from .upscaling import Upscaling
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
 
@@ -49,74 +53,6 @@ class RecipeError(ValueError):
         self.source, self.problems = source, tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n  ".join([f"{source}: {count}", *self.problems]))
-
-
-# --- types -----------------------------------------------------------------------------------------------------------
-
-
-def _number(value: object) -> object:
-    """Text that is a number in YAML 1.2, but not in 1.1: `1e-4`."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-def _tuple(value: object) -> object:
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
-    raise PydanticCustomError("list", "expected a list")
-
-
-def _paths(value: object) -> str | tuple[str, ...]:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(part, str) and part for part in value):
-        return tuple(value)
-    raise PydanticCustomError("path", "expected a path, or a list of paths")
-
-
-def _multiple_of_8(value: int) -> int:
-    if value % 8:
-        raise PydanticCustomError("multiple", "expected a multiple of 8 (the image encoder reduces by 8)")
-    return value
-
-
-def _import_path(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
-        raise PydanticCustomError("import_path", "expected 'module:Class', as in 'linattn.adapters:LinFusion'")
-    return value
-
-
-Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_tuple)]
-Number = Annotated[float, BeforeValidator(_number)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-Probability = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Pixels = Annotated[int, Field(ge=8), AfterValidator(_multiple_of_8)]
-
-
-class Section(BaseModel):
-    """Base of every section: no unknown keys, no silent conversions, no changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, value: object) -> object:
-        return {} if value is None else value  # a section whose keys are all commented out
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if conflicts := list(self.conflicts()):
-            raise PydanticCustomError("conflicts", "keys disagree", {"conflicts": conflicts})
-        return self
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """(key inside this section, what is wrong) for values that are right each, and wrong together."""
-        return iter(())
 
 
 # --- the schema ------------------------------------------------------------------------------------------------------
@@ -137,7 +73,7 @@ class Lora(Section):
 
     rank: Count = 16
     alpha: Positive | None = None  # None: as rank
-    dropout: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, BeforeValidator(number), Field(ge=0, lt=1)] = 0.0
     targets: Texts = ("to_q", "to_k", "to_v", "to_out.0")
     also_train: Texts = ("to_q_", "to_k_")  # children of the student's modules that are trained in full beside it
 
@@ -149,7 +85,7 @@ class Lora(Section):
 class Student(Section):
     """What takes the place of the teacher's attention, and which part of it is trained."""
 
-    adapter: Annotated[str, AfterValidator(_import_path)]  # module:Class
+    adapter: Annotated[str, AfterValidator(import_path)]  # module:Class
     pretrained: Text | None = None  # weights of the adapter to begin with
     options: dict[str, Any] = Field(default_factory=dict)  # handed to the adapter
     train: Literal["full", "lora"] = "full"
@@ -217,7 +153,7 @@ class Data(Section):
     kind: Literal["images", "webdataset", "datasets"]
     # images: a folder. webdataset: a folder of .tar files, a .tar, a glob, a range ({00..99}.tar), or a list of these.
     # datasets: a folder that Dataset.save_to_disk wrote.
-    path: Annotated[str | tuple[str, ...], PlainValidator(_paths)]
+    path: Annotated[str | tuple[str, ...], PlainValidator(as_paths)]
     split: Text | None = None  # of a datasets folder that holds several
     image_key: Text | None = None  # None: see linattn.distill.data, as for the caption
     caption_key: Text | None = None
@@ -227,10 +163,11 @@ class Data(Section):
     random_flip: bool = False
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     bucket_step: Pixels = 64
-    max_aspect: Annotated[float, BeforeValidator(_number), Field(ge=1)] = 2.0
+    max_aspect: Annotated[float, BeforeValidator(number), Field(ge=1)] = 2.0
     caption_drop: Probability = 0.0  # chance that a caption is replaced by the empty one
     workers: Annotated[int, Field(ge=0)] = 4
     cache: CacheSettings = Field(default_factory=CacheSettings)
+    upscaling: Upscaling = Field(default_factory=Upscaling)  # beside objective.kind: edm
 
     def conflicts(self):
         for key in ("random_crop", "random_flip"):
@@ -252,7 +189,7 @@ class Data(Section):
 class Prodigy(Section):
     """What `training.optimizer: prodigy` has beside AdamW; see the package prodigyopt."""
 
-    beta3: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] | None = (
+    beta3: Annotated[float, BeforeValidator(number), Field(ge=0, lt=1)] | None = (
         None  # None: the square root of the second beta
     )
     decouple: bool = True  # weight decay as in AdamW
@@ -271,7 +208,7 @@ class Training(Section):
     optimizer: Literal["adamw", "prodigy"] = "adamw"
     learning_rate: Positive  # prodigy finds its own: 1.0
     prodigy: Prodigy = Field(default_factory=Prodigy)
-    betas: Annotated[tuple[Number, Number], BeforeValidator(_tuple)] = (0.9, 0.999)
+    betas: Annotated[tuple[Number, Number], BeforeValidator(as_tuple)] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive | None = None
@@ -283,7 +220,7 @@ class Training(Section):
         Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"
     gradient_checkpointing: bool = False
-    ema_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)] | None = None  # None: no average is kept
+    ema_decay: Annotated[float, BeforeValidator(number), Field(gt=0, lt=1)] | None = None  # None: no average is kept
     seed: Seed = 0
     share_frozen: bool | None = None  # one copy of what teacher and student have in common; None: where possible
 
@@ -304,7 +241,7 @@ class Training(Section):
 class Validation(Section):
     """Pictures that the student draws on the way."""
 
-    prompts: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    prompts: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     every: Count = 1000  # optimizer steps
     steps: Count = 25  # of the sampler
     guidance: NotNegative = 7.5
