@@ -36,6 +36,8 @@ from .harness.roofline import Machine
 
 BLOCK = 32
 HEAD_DIM = 80
+#: Tokens of one tile of flex_attention's mask.
+TILE = {"cpu": 64, "cuda": 128}
 
 # ---- cases ------------------------------------------------------------------------------------------------------
 
@@ -172,9 +174,9 @@ def concatenated(
 
 def _flex(pattern: Pattern, device: torch.device) -> Callable:
     """flex_attention of tokens in the order of blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    count, columns, size = pattern.height * pattern.width, pattern.columns, pattern.block**2
+    columns, size = pattern.columns, pattern.block**2
 
     def slot_of(query, key):
         """The slot by where the key's block lies (0..3 for any, flex asks), and whether the query sees it."""
@@ -186,17 +188,25 @@ def _flex(pattern: Pattern, device: torch.device) -> Callable:
     def mask(b, h, query, key):
         return slot_of(query, key)[1]
 
-    # Which slots each block fills that a query of a block sees: all of their shifts enter by one number.
+    # What each block of queries sees, in tiles (none of them partial; create_block_mask would look at all pairs of
+    # tokens), and which slots each block fills: their shifts enter by one number.
+    tile = TILE[device.type]
+    if size % tile:
+        raise Skip(f"a block is not a multiple of {tile} tokens")
+    tiles = torch.zeros(pattern.rows * columns, pattern.rows * columns, dtype=torch.bool)
     fills = torch.zeros(pattern.rows, columns, 4, 4, dtype=torch.bool)
     for row in range(pattern.rows):
         for column in range(columns):
-            for (up, left), slots in geometry.key_blocks(row, column, "clamp").items():
-                place = geometry.slots(1, 1).index((up - row + 1, left - column + 1))
+            for (i, j), slots in geometry.key_blocks(row, column, "clamp").items():
+                place = geometry.slots(1, 1).index((i - row + 1, j - column + 1))
                 fills[row, column, place, list(slots)] = True
+                tiles[row * columns + column, i * columns + j] = True
     fills = fills.flatten(0, 1).to(device)
-    mine = BLOCKS_OF_FLEX[device.type]
-    block_mask = create_block_mask(mask, None, None, count, count, device=device, BLOCK_SIZE=mine,
-                                   _compile=device.type == "cuda")  # fmt: skip
+    tiles = tiles.repeat_interleave(size // tile, 0).repeat_interleave(size // tile, 1)[None, None]
+    number, order = tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+    block_mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(number), torch.zeros_like(order), number, order, BLOCK_SIZE=tile, mask_mod=mask
+    ).to(device)
 
     def shifts(q, slot_embed):
         shift = torch.einsum("bhnd,shd->bhns", q.float(), slot_embed) * q.shape[-1] ** -0.5
@@ -212,10 +222,6 @@ def _flex(pattern: Pattern, device: torch.device) -> Callable:
     # Two functions: on a CPU a score_mod takes no number that is computed in its own.
     shifts, attend = (torch.compile(f, fullgraph=True, dynamic=False) for f in (shifts, attend))
     return lambda q, k, v, slot_embed: attend(q, k, v, shifts(q, slot_embed))
-
-
-#: Tokens of one tile of flex_attention's mask.
-BLOCKS_OF_FLEX = {"cpu": 64, "cuda": 128}
 
 
 def prepare(provider: str, case: Case, device: torch.device, machine: Machine | None, limit: float) -> Contender:
