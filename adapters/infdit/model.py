@@ -1,10 +1,10 @@
-"""Inf-DiT: a diffusion transformer in pixel space that enlarges images of any size (Yang et al. 2024, arXiv 2405.04312).
+"""Inf-DiT: a diffusion transformer in pixel space that enlarges images of any size (Yang et al. 2024, 2405.04312).
 
-The network sees patches of 4 x 4 pixels of [noisy picture | enlarged input] as tokens on a grid, cut into square blocks.
-Self-attention is `linattn.block_causal_attention`: a block sees itself and its neighbours to the top left, left and top.
-In the first layer every block also attends to the low-resolution tokens of the 3 x 3 blocks around it. So what a block
-depends on is above it or to its left, layer by layer, and the network can walk over an image in strips and give the
-numbers of the whole: `InfDiTTransformer2DModel.strips`, planned by `linattn.adapters.infdit.streaming`.
+The network sees patches of 4 x 4 pixels of [noisy picture | enlarged input] as tokens on a grid that is cut into square
+blocks. Self-attention is `linattn.block_causal_attention`: a block sees itself and its neighbours to the top left, left
+and top. In the first layer every block also attends to the low-resolution tokens of the 3 x 3 blocks around it. So what
+a block depends on is above it or to its left, layer by layer, and the network can walk over an image in strips and give
+the numbers of the whole: `InfDiTTransformer2DModel.strips`, planned by `linattn.adapters.infdit.streaming`.
 
 Everything that the authors' code computes without use is left out (absolute positions, a second norm of the keys); what
 it computes is reproduced, oddities included: keys are normalised with the norm of the queries, the condition passes two
@@ -14,11 +14,12 @@ SiLUs, the trunk ends with two LayerNorms.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -33,7 +34,7 @@ from .streaming import Plan, resolve
 EPS = 1e-6
 TIME_CHANNELS = 192
 #: Blocks whose tokens go through a linear layer at a time where no gradients are kept: bounds what lies beside a strip.
-PIECE = 16
+PIECE = 8
 
 
 class Positions(NamedTuple):
@@ -49,7 +50,7 @@ class Positions(NamedTuple):
     offset: tuple[int, int] = (0, 0)
 
     def tables(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (rows * width, 1, head_dim / 2), float32: the first half of the angles belongs to the row."""
+        """(cos, sin), each (rows * width, 1, head_dim / 2), float32: the first half of the angles is the row's."""
         half = head_dim // 2
         # The reciprocal of a power, not a power of the reciprocal: they differ in the last bit.
         frequencies = 1.0 / (10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half))
@@ -63,20 +64,34 @@ class Positions(NamedTuple):
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x (B, N, H, D) by the angles of each token: of neighbouring pairs (x_2i, x_2i+1)."""
-    cos, sin = tables
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    cos, sin = tables  # float32, and so are the products
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)], -1).flatten(-2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class Halo(NamedTuple):
-    """Keys and values (B, block * width, H, D) of the last row of blocks of a strip: all that the next strip needs."""
+class Halo:
+    """What a layer hands from strip to strip: keys and values (B, block * width, H, D) of the last row of blocks.
 
-    keys: Tensor
-    values: Tensor
+    An object that is emptied and filled again, so that what has been read is not held by whoever passed it on.
+    """
+
+    def __init__(self):
+        self.wanted = True  # whether a strip comes below
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return self._pair is not None
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        pair, self._pair = self._pair, None
+        return pair
+
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        self._pair = keys, values
 
 
 class BlockCausalSelfAttention(nn.Module):
@@ -94,14 +109,15 @@ class BlockCausalSelfAttention(nn.Module):
         self.slot_embed = nn.Parameter(torch.zeros(4, heads, dim // heads))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some rows of tokens, (B, N, H, D) each."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
-        tables = positions.tables(q.shape[-1], x.device)
-        return rotate(self.norm_qk(q), tables), rotate(self.norm_qk(k), tables), v
+    def project(self, x: Tensor, positions: Positions) -> Iterator[Tensor]:
+        """Queries, keys and values of some rows of tokens, (B, N, H, D) each, one after the other."""
+        tables = positions.tables(x.shape[-1] // self.heads, x.device)
+        for layer in (self.to_q, self.to_k):
+            yield rotate(self.norm_qk(layer(x).unflatten(-1, (self.heads, -1))), tables)
+        yield self.to_v(x).unflatten(-1, (self.heads, -1))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
-        """Attention, without the output projection, of q (B, N, H, D) over k and v (B, M, H, D): the rows of q are the last ones of k."""
+        """Attention of q (B, N, H, D) over k and v (B, M, H, D), not projected: q's rows are the last ones of k's."""
         rows, above = k.shape[1] // width, (k.shape[1] - q.shape[1]) // width
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = block_causal_attention(q, k, v, rows, width, self.block, slot_embed=self.slot_embed, q_row=above)
@@ -135,7 +151,7 @@ class LRContext:
         return tuple(n // (self.side * self._embed.kernel_size[0]) for n in self.image.shape[2:])
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, (count + 2) side, (columns + 2) side, H, D) around `count` rows of blocks from `first`."""
+        """Keys and values (B, (count + 2) side, (columns + 2) side, H, D) around rows of blocks from `first` on."""
         if self._kept is None:
             return self._project(first, count)
         below = slice(first * self.side, (first + count + 2) * self.side)
@@ -171,7 +187,7 @@ class LRCrossAttention(nn.Module):
         return self.norm_k(k), v
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """x (B, rows, columns, C) of whole blocks, and keys and values of the tokens of `LRContext.rows` around them."""
+        """x (B, rows, columns, C) of whole blocks; keys and values as `LRContext.rows` has them around these."""
         b, rows, columns, _ = x.shape
         down, right = rows // self.block, columns // self.block
         q = self.norm_q(self.to_q(x).unflatten(-1, (self.heads, -1)))
@@ -218,18 +234,17 @@ class InfDiTBlock(nn.Module):
         emb: Tensor,
         positions: Positions,
         context: LRContext,
-        above: Halo | None = None,
-        in_place: bool = False,
-    ) -> Tensor | Halo:
-        """The next x; with in_place (see `_strip`) x is changed, and what the strip below needs is returned.
+        halo: Halo | None = None,
+    ) -> Tensor:
+        """The next x: of the whole image, or with a halo of one strip of it, in place and without gradients.
 
         Args:
-            x: (B, rows * width, C) of whole rows of blocks; all of them without in_place.
+            x: (B, rows * width, C) of whole rows of blocks.
             emb: (B, C).
-            above: of the strip above, for in_place.
+            halo: of this layer, left by the strip above (empty for the first); it is left for the strip below.
         """
-        if in_place:
-            return self._strip(x, emb, positions, context, above)
+        if halo is not None:
+            return self._strip(x, emb, positions, context, halo)
         shift1, scale1, shift2, scale2 = self.modulation(emb).chunk(4, 1)
         q, k, v = self.attn.project(modulate(self.norm1(x), shift1, scale1), positions)
         x = x + self.attn.to_out[0](self.attn(q, k, v, positions.width))
@@ -238,29 +253,30 @@ class InfDiTBlock(nn.Module):
             x = x + self.cross_attn(grid, *context.rows(0, positions.rows // self.block)).flatten(1, 2)
         return x + self.ff(modulate(self.norm2(x), shift2, scale2))
 
-    def _strip(self, x: Tensor, emb: Tensor, positions: Positions, context: LRContext, above: Halo | None) -> Halo:
-        """Some rows of blocks, in place and without gradients.
-
-        Linear layers run on a few rows of tokens at a time; beside x lie its queries, keys, values and their result.
-        """
+    def _strip(self, x: Tensor, emb: Tensor, positions: Positions, context: LRContext, halo: Halo) -> Tensor:
+        """Linear layers run on a few rows of tokens at a time; beside x lie queries, keys, values and their result."""
         rows, width, attn = positions.rows, positions.width, self.attn
         shift1, scale1, shift2, scale2 = self.modulation(emb).chunk(4, 1)
-        halo = 0 if above is None else self.block * width
-        q = x.new_empty(*x.shape[:2], attn.heads, x.shape[2] // attn.heads)
-        k, v = (x.new_empty(len(x), halo + x.shape[1], *q.shape[2:]) for _ in range(2))
-        if above is not None:
-            k[:, :halo], v[:, :halo] = above
+        row = self.block * width
+        above = row if halo else 0
+        k, v = (x.new_empty(len(x), above + x.shape[1], attn.heads, x.shape[2] // attn.heads) for _ in range(2))
+        if above:
+            k[:, :above], v[:, :above] = halo.take()
+        q = torch.empty_like(k[:, above:])
         step = max(1, PIECE * self.block**2 // width)
         for first in range(0, rows, step):
             here = positions._replace(first=positions.first + first, rows=min(step, rows - first))
             piece = slice(first * width, (first + here.rows) * width)
             parts = attn.project(modulate(self.norm1(x[:, piece]), shift1, scale1), here)
-            q[:, piece], k[:, halo:][:, piece], v[:, halo:][:, piece] = parts
-            del parts
+            for target in (q, k[:, above:], v[:, above:]):
+                target[:, piece] = next(parts)
         out = attn(q, k, v, width)
+        del q
         # Copies: views would keep the keys and values of the whole strip.
-        last = Halo(*(y[:, -self.block * width :].clone() for y in (k, v)))
-        del q, k, v
+        k = k[:, -row:].clone() if halo.wanted else None
+        v = v[:, -row:].clone() if halo.wanted else None
+        if halo.wanted:
+            halo.put(k, v)
         pieces = [slice(first * width, min(first + step, rows) * width) for first in range(0, rows, step)]
         for piece in pieces:
             x[:, piece] += attn.to_out[0](out[:, piece])
@@ -269,7 +285,7 @@ class InfDiTBlock(nn.Module):
             self._cross_strip(x.unflatten(1, (rows, width)), context, positions.first // self.block)
         for piece in pieces:
             x[:, piece] += self.ff(modulate(self.norm2(x[:, piece]), shift2, scale2))
-        return last
+        return x
 
     def _cross_strip(self, grid: Tensor, context: LRContext, first: int) -> None:
         block, side = self.block, context.side
@@ -282,7 +298,7 @@ class InfDiTBlock(nn.Module):
                 part += self.cross_attn(self.norm_cross(part), keys[:, :, window], values[:, :, window])
 
 
-class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
+class InfDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""The denoising network F of Inf-DiT, natively in PyTorch, exact in every schedule.
 
     The preconditioned network of Karras et al. 2022 is D(x; s) = c_skip x + c_out F(c_in [x | lr_up], c_noise)
@@ -304,7 +320,7 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["InfDiTBlock"]
+    _no_split_modules: ClassVar = ["InfDiTBlock"]
 
     @register_to_config
     def __init__(
@@ -328,8 +344,8 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be a whole number, at least {lowest}, got {value!r}")
         if hidden_size % (4 * num_attention_heads) != 0:
             raise ValueError(
-                f"hidden_size must be a multiple of 4 * num_attention_heads = {4 * num_attention_heads} (each half of a "
-                f"head is rotated in pairs), got {hidden_size}"
+                f"hidden_size must be a multiple of 4 * num_attention_heads = {4 * num_attention_heads} (each half of "
+                f"a head is rotated in pairs), got {hidden_size}"
             )
         lr_side, rest = divmod(block_size * patch_size, sr_scale * lr_patch_size)
         if rest or lr_side == 0:
@@ -356,7 +372,7 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
     def _initialise(self) -> None:
         """As the authors start training: modulations and slot embeddings zero, so that a layer begins unmodulated."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias") or name.endswith("slot_embed") or "modulation" in name:
+            if name.endswith(("bias", "slot_embed")) or "modulation" in name:
                 parameter.zero_()
             elif name.startswith(("patch_embed", "lr_embed", "time_embed", "proj_out")):
                 nn.init.xavier_uniform_(parameter.flatten(1))
@@ -430,8 +446,8 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
         wanted = (batch, 3, *(n // self.config.sr_scale for n in size))
         if tuple(context.image.shape) != wanted:
             raise ValueError(
-                f"the low-resolution picture must be {wanted} for {batch} pictures of {size[0]} x {size[1]} pixels, got "
-                f"{tuple(context.image.shape)}"
+                f"the low-resolution picture must be {wanted} for {batch} pictures of {size[0]} x {size[1]} pixels, "
+                f"got {tuple(context.image.shape)}"
             )
         return context
 
@@ -497,10 +513,10 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
         return self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
 
     def _read_out(self, x: Tensor, emb: Tensor, rows: int) -> Tensor:
-        """Tokens (B, rows * width, C) to pixels."""
+        """Tokens (B, rows * width, C) to pixels (B, out_channels, ...)."""
         shift, scale = self.modulation_out(emb).chunk(2, 1)
-        x = self.norm_out(x)  # the trunk's last norm; the head has one more of its own
-        x = self.proj_out(modulate(self.norm_out(x), shift, scale))
+        x = self.norm_out(self.norm_out(x))  # the trunk ends with one, and the head begins with another
+        x = self.proj_out(modulate(x, shift, scale))
         p, b = self.config.patch_size, len(x)
         x = x.view(b, rows, -1, p, p, self.config.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, self.config.out_channels, rows * p, -1)
@@ -567,23 +583,31 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin):
         for strip, place in zip(strips, places, strict=True):
             x[:, place] = self._embed(read(strip.first * size, (strip.first + strip.rows) * size))
         for layer in self.transformer_blocks:
-            halo = None
+            halo = Halo()
             for strip, place in zip(strips, places, strict=True):
-                halo = layer(x[:, place], emb, strip, context, halo, in_place=True)
-        for strip, place in zip(strips, places, strict=True):
-            top = strip.first * size
-            yield top, top + strip.rows * size, self._read_out(x[:, place], emb, strip.rows)
+                halo.wanted = strip is not strips[-1]
+                layer(x[:, place], emb, strip, context, halo)
+        yield from self._emit(x, emb, Positions(0, total, columns))
 
     @torch.no_grad()
     def _streaming(self, read, strips, emb, context):
         size = self.config.patch_size
-        halos: list[Halo | None] = [None] * len(self.transformer_blocks)
+        halos = [Halo() for _ in self.transformer_blocks]
         for strip in strips:
             top, bottom = strip.first * size, (strip.first + strip.rows) * size
             x = self._embed(read(top, bottom)).contiguous()
-            for index, layer in enumerate(self.transformer_blocks):
-                halos[index] = layer(x, emb, strip, context, halos[index], in_place=True)
-            yield top, bottom, self._read_out(x, emb, strip.rows)
+            for layer, halo in zip(self.transformer_blocks, halos, strict=True):
+                halo.wanted = strip is not strips[-1]
+                layer(x, emb, strip, context, halo)
+            yield from self._emit(x, emb, strip)
+
+    def _emit(self, x: Tensor, emb: Tensor, strip: Positions) -> Iterator[tuple[int, int, Tensor]]:
+        """The pixels of a strip of tokens, one row of blocks at a time."""
+        size, block = self.config.patch_size, self.config.block_size
+        for first in range(0, strip.rows, block):
+            top = (strip.first + first) * size
+            part = x[:, first * strip.width : (first + block) * strip.width]
+            yield top, top + block * size, self._read_out(part, emb, block)
 
     # ---- the authors' weights ----------------------------------------------------------------------------------------
 
