@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..schedulers.edm import preconditioning
+
 
 class Denoiser(Protocol):
     """A diffusion model as a function.
@@ -128,6 +130,43 @@ class SD3Denoiser(nn.Module):
             timestep=timesteps,
             return_dict=False,
         )[0]
+
+
+class InfDiTDenoiser(nn.Module):
+    """Inf-DiT as a `Denoiser`: its estimate of the clean picture, D = c_skip x + c_out F(c_in [x | lr_up], c_noise).
+
+    condition: "lr_up" (B, 3, H, W), the enlarged low resolution picture; "lr_image" (B, 3, H / 4, W / 4), itself; and
+    where the model has a `vector_dim` "image_embeds" (B, V) of it. Timesteps are noise levels sigma (`EDMSchedule`).
+
+    Args:
+        sigma_data: standard deviation of the data that the model is preconditioned for.
+    """
+
+    def __init__(self, model: nn.Module, *, sigma_data: float = 0.5):
+        super().__init__()
+        self.model = model
+        self.sigma_data = sigma_data
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        condition: Mapping[str, Tensor],
+        *,
+        position_offset: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """position_offset: (row, column) that the first token is told; only training has others than (0, 0)."""
+        c_skip, c_out, c_in, c_noise = preconditioning(timesteps, self.sigma_data)
+        c_skip, c_out, c_in = (c.view(-1, 1, 1, 1) for c in (c_skip, c_out, c_in))
+        prediction = self.model(
+            c_in * torch.cat([noisy, condition["lr_up"].to(noisy)], dim=1),
+            c_noise,
+            condition["lr_image"],
+            condition.get("image_embeds"),
+            position_offset=position_offset,
+            return_dict=False,
+        )[0]
+        return c_skip * noisy + c_out * prediction
 
 
 @contextlib.contextmanager

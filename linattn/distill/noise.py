@@ -6,6 +6,7 @@ and resumed, or that is spread over other processes, sees the same noise and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ _WORD = 2**64
 class NoiseSchedule(Protocol):
     """How noise is added, and what a model that was trained with this schedule predicts.
 
-    Timesteps are what the model is told, from 0 to num_timesteps; whole numbers or not.
+    Timesteps say how noisy a sample is, from 0 to num_timesteps; whole numbers or not. `Denoiser`s take these.
     """
 
     num_timesteps: int
@@ -150,6 +151,49 @@ class FlowSchedule:
         return timesteps / self.num_timesteps
 
 
+class EDMSchedule:
+    r"""Noise that is added to the picture as it is, and a model that estimates the clean picture D.
+
+        x = x_0 + sigma eps,     target: x_0,     weight of |D - x_0|^2: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
+
+    Timesteps are the noise levels sigma themselves: ln sigma is normal, and sigma at least sigma_min. The weight makes
+    the error of the network inside D (`linattn.schedulers.edm`) count alike at every noise level.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        log_mean, log_std: of ln sigma.
+        sigma_min: lower levels are raised to this one.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), section 5 and table 1; the defaults are those of Inf-DiT.
+
+    Raises:
+        ValueError: sigma_data, log_std or sigma_min is not above 0.
+    """
+
+    num_timesteps = math.inf
+
+    def __init__(
+        self, *, sigma_data: float = 0.5, log_mean: float = -1.0, log_std: float = 1.4, sigma_min: float = 0.001
+    ):
+        for name, value in (("sigma_data", sigma_data), ("log_std", log_std), ("sigma_min", sigma_min)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        self.sigma_data, self.log_mean, self.log_std, self.sigma_min = sigma_data, log_mean, log_std, sigma_min
+
+    def timestep(self, stream: np.random.Generator) -> Tensor:
+        drawn = math.exp(self.log_mean + self.log_std * stream.standard_normal())
+        return torch.tensor(max(drawn, self.sigma_min), dtype=torch.float32)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return clean + timesteps.view(-1, *[1] * (clean.ndim - 1)) * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return clean
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor:
+        return (timesteps**2 + self.sigma_data**2) / (timesteps * self.sigma_data) ** 2
+
+
 class Draws(NamedTuple):
     """Everything random about one step of a batch: posterior (B, C, h, w) and noise (B, C, h, w) standard normal,
     float32; timesteps (B,), as the schedule draws them."""
@@ -169,9 +213,70 @@ def draw(numbers: Sequence[int], shape: Sequence[int], *, seed: int, schedule: N
     """
     rows = []
     for number in numbers:
-        # A counter-based generator: its key is all there is to set up, and different keys are independent streams.
-        stream = np.random.Generator(np.random.Philox(key=[seed % _WORD, int(number)]))
+        stream = _stream(seed, number)
         timestep = schedule.timestep(stream)
         noise, posterior = (torch.from_numpy(stream.standard_normal(tuple(shape), np.float32)) for _ in range(2))
         rows.append((posterior, noise, timestep))
     return Draws(*(torch.stack(part) for part in zip(*rows, strict=True)))
+
+
+class PairDraws(NamedTuple):
+    """Everything random about one step of a batch of pairs for upscaling, apart from the pairs.
+
+    timesteps (B,), noise (B, C, H, W), dropped (B,) bool; lr_noise (B, C, H / 4, W / 4) and lr_up_noise (B, C, H, W)
+    take the place of what is dropped: normal, clamped to [-1, 1], and zero where nothing is. offset: (row, column), one
+    for the batch.
+    """
+
+    timesteps: Tensor
+    noise: Tensor
+    dropped: Tensor
+    lr_noise: Tensor
+    lr_up_noise: Tensor
+    offset: tuple[int, int]
+
+
+def draw_pairs(
+    numbers: Sequence[int],
+    shape: Sequence[int],
+    *,
+    seed: int,
+    schedule: NoiseSchedule,
+    dropout: float,
+    max_offset: int,
+    factor: int = 4,
+) -> PairDraws:
+    """Random numbers of the samples with these running numbers, on the CPU.
+
+    Args:
+        numbers: running numbers of the samples, each >= 0. The offset belongs to the first, which no other batch holds.
+        shape: (C, H, W) of one sample.
+        seed: of the run.
+        dropout: chance that the low resolution of a sample is dropped.
+        max_offset: rows and columns are uniform in 0 .. max_offset.
+        factor: of the sides, between high and low resolution.
+    """
+    channels, height, width = shape
+    low = channels, height // factor, width // factor
+    rows = []
+    for number in numbers:
+        stream = _stream(seed, number)
+        timestep = schedule.timestep(stream)
+        dropped = bool(stream.random() < dropout)
+        noise = torch.from_numpy(stream.standard_normal(tuple(shape), np.float32))
+        instead = [
+            torch.from_numpy(stream.standard_normal(size, np.float32)).clamp_(-1, 1) if dropped else torch.zeros(size)
+            for size in (low, tuple(shape))
+        ]
+        rows.append((timestep, noise, torch.tensor(dropped), *instead))
+    # Another part of the first sample's sequence, which its own numbers never reach.
+    offset = _stream(seed, numbers[0], part=1).integers(0, max_offset, size=2, endpoint=True)
+    return PairDraws(*(torch.stack(part) for part in zip(*rows, strict=True)), tuple(offset.tolist()))
+
+
+def _stream(seed: int, number: int, part: int = 0) -> np.random.Generator:
+    """The random numbers of a sample: of a counter-based generator, whose key is all there is to set up.
+
+    Different keys are independent streams; `part` is the highest word of the counter.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed % _WORD, int(number)], counter=[0, 0, 0, part]))

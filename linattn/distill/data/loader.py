@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .order import Draw, Order, sample_rng
-from .pictures import Size, place, prepare_image
+from .order import Draw, Order, pair_rng, sample_rng
+from .pairs import pair
+from .pictures import Size, place, prepare_image, to_tensor
 from .sources import DataError, Source
 
 if TYPE_CHECKING:
@@ -76,19 +77,50 @@ def loader(
         ValueError: rank outside 0..world - 1; negative first or count; latent_cache with random_crop or random_flip.
         DataError: while iterating, with the key of the sample.
     """
+    if latent_cache is not None and (data.random_crop or data.random_flip):
+        raise ValueError("loader: latent_cache needs data.random_crop and data.random_flip to be false")
+    batches = _CaptionedBatches(source, order, data, seed, text_cache, latent_cache)
+    return _load(batches, first=first, count=count, rank=rank, world=world)
+
+
+def pair_loader(
+    source: Source,
+    order: Order,
+    data: Data,
+    *,
+    first: int,
+    count: int,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+) -> DataLoader:
+    """Like :func:`loader`, but pairs for upscaling (see :func:`linattn.distill.data.pair`), without captions.
+
+    Returns:
+        An iterable of dictionaries.
+            number   (B,) int64, running number of the sample in the whole run
+            image    (B, 3, H, W) float32 in [-1, 1]
+            lr_image (B, 3, H / 4, W / 4) float32 in [-1, 1]
+
+    Raises:
+        ValueError: rank outside 0..world - 1; negative first or count.
+        DataError: while iterating, with the key of the sample.
+    """
+    return _load(_PairBatches(source, order, data, seed), first=first, count=count, rank=rank, world=world)
+
+
+def _load(batches: _MicroBatches, *, first: int, count: int, rank: int, world: int) -> DataLoader:
     if not 0 <= rank < world or first < 0 or count < 0:
         raise ValueError(
             f"loader needs 0 <= rank < world, first >= 0 and count >= 0; got {rank=}, {world=}, {first=}, {count=}"
         )
-    if latent_cache is not None and (data.random_crop or data.random_flip):
-        raise ValueError("loader: latent_cache needs data.random_crop and data.random_flip to be false")
     return DataLoader(
-        _MicroBatches(source, order, data, seed, text_cache, latent_cache),
+        batches,
         sampler=range(first * world + rank, (first + count) * world + rank, world),
         batch_size=None,  # an item is a micro batch
         collate_fn=_unchanged,
-        num_workers=data.workers,
-        persistent_workers=data.workers > 0,
+        num_workers=batches.data.workers,
+        persistent_workers=batches.data.workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader draws a number at its start; not from the global state of the run
     )
@@ -101,6 +133,33 @@ def _unchanged(batch: dict) -> dict:
 class _MicroBatches(Dataset):
     """Micro batch k of the whole run under index k."""
 
+    def __init__(self, source: Source, order: Order, data: Data, seed: int):
+        self.source, self.order, self.data, self.seed = source, order, data, seed
+
+    def __getitem__(self, k: int) -> dict:
+        samples = []
+        for draw in self.order.micro_batch(k):
+            try:
+                samples.append(self._sample(draw))
+            except Exception as error:
+                raise DataError(f"sample {self.source.key(draw.index)!r}: {error}") from error
+        return self._collate(samples)
+
+    def _sample(self, draw: Draw) -> dict:
+        raise NotImplementedError
+
+    def _collate(self, samples: list[dict]) -> dict:
+        return {name: _stack(name, samples) for name in samples[0]}
+
+
+class _PairBatches(_MicroBatches):
+    def _sample(self, draw: Draw) -> dict:
+        made = pair(self.source.image(draw.index), draw.target, pair_rng(self.seed, draw.number), self.data.upscaling)
+        image, lr_image = (to_tensor(part) for part in made)
+        return {"number": torch.tensor(draw.number), "image": image, "lr_image": lr_image}
+
+
+class _CaptionedBatches(_MicroBatches):
     def __init__(
         self,
         source: Source,
@@ -110,16 +169,10 @@ class _MicroBatches(Dataset):
         text_cache: Cache | None,
         latent_cache: Cache | None,
     ):
-        self.source, self.order, self.data, self.seed = source, order, data, seed
+        super().__init__(source, order, data, seed)
         self.text_cache, self.latent_cache = text_cache, latent_cache
 
-    def __getitem__(self, k: int) -> dict:
-        samples = []
-        for draw in self.order.micro_batch(k):
-            try:
-                samples.append(self._sample(draw))
-            except Exception as error:
-                raise DataError(f"sample {self.source.key(draw.index)!r}: {error}") from error
+    def _collate(self, samples: list[dict]) -> dict:
         batch: dict = {name: _stack(name, samples) for name in samples[0] if name not in ("caption", "condition")}
         batch["caption"] = [sample["caption"] for sample in samples]
         if self.text_cache is not None:

@@ -60,7 +60,16 @@ def targets(source: Source, data: Data) -> Iterator[tuple[int, Size]]:
 
 def sample_rng(seed: int, number: int) -> random.Random:
     """The random numbers of sample `number` of a run, whoever loads it."""
-    return random.Random(int.from_bytes(hashlib.sha256(f"sample {seed} {number}".encode()).digest()[:16], "big"))
+    return random.Random(_key(f"sample {seed} {number}"))
+
+
+def pair_rng(seed: int, number: int) -> np.random.Generator:
+    """The same as a generator of arrays: for what is done to a picture to make a pair for upscaling of it."""
+    return np.random.Generator(np.random.Philox(key=_key(f"pair {seed} {number}")))
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
 def _permutation(length: int, *entropy: int) -> np.ndarray:

@@ -136,8 +136,16 @@ def prepare_image(
     flip, down, right = (rng.random() for _ in range(3)) if rng is not None else (1.0, 0.5, 0.5)
     if random_flip and flip < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    height, width = image.height, image.width
     shift = (down, right) if random_crop else (0.5, 0.5)
+    image, crop = cut(image, target, resize=resize, interpolation=interpolation, shift=shift)
+    return to_tensor(np.array(image)), crop
+
+
+def cut(
+    image: Image.Image, target: Size, *, resize: str, interpolation: str, shift: tuple[float, float]
+) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture resized and cropped to `target` as :func:`place` says, and the crop's (top, left)."""
+    height, width = image.height, image.width
     (tall, wide), (top, left) = place((height, width), target, resize=resize, shift=shift)
     # Only the part that is kept is computed; the filter sees the pixels around it. A panorama does not fill the memory.
     box = (
@@ -147,6 +155,9 @@ def prepare_image(
         (top + target[0]) * height / tall,
     )
     box = (box[0], box[1], min(box[2], width), min(box[3], height))  # division may round over the edge
-    image = image.resize((target[1], target[0]), _FILTERS[interpolation], box=box)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().contiguous()
-    return pixels.div_(127.5).sub_(1), (top, left)
+    return image.resize((target[1], target[0]), _FILTERS[interpolation], box=box), (top, left)
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 as (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(image).permute(2, 0, 1).float().contiguous().div_(127.5).sub_(1)

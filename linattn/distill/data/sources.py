@@ -38,7 +38,10 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Pictures with captions, numbered from 0. Picklable; opens its files when it reads, in whichever process."""
+    """Pictures, numbered from 0, with captions if it was opened for such.
+
+    Picklable; opens its files when it reads, in whichever process.
+    """
 
     def __len__(self) -> int: ...
 
@@ -55,10 +58,10 @@ class Source(Protocol):
         """The picture, upright, in RGB."""
 
     def caption(self, index: int) -> str:
-        """The text that belongs to the picture."""
+        """The text that belongs to the picture; "" where captions are not looked for."""
 
 
-def open_source(data: Data) -> Source:
+def open_source(data: Data, *, captions: bool = True) -> Source:
     """The source that the `data` section of a recipe names.
 
     `images`: every png, jpg, jpeg and webp below the folder, in the order of their paths. Captions stand in
@@ -75,15 +78,65 @@ def open_source(data: Data) -> Source:
     `datasets`: what `Dataset.save_to_disk` wrote; `data.split` if it holds several. `data.image_key` is the column of
     pictures, by default "image"; `data.caption_key` that of captions, by default "text" or "caption".
 
+    Args:
+        captions: whether the run needs any. If not, nothing that would hold one is read or missed: every picture below
+            the folder, in the tars or in the column is a sample, `metadata.jsonl` or not.
+
     Raises:
         DataError: nothing there, a picture without a caption, an ambiguity that a key of the recipe would settle.
     """
     makers: dict[str, Callable[[Data], Source]] = {
-        "images": lambda data: ImageFolder(data.path, data.image_key, data.caption_key),
-        "webdataset": lambda data: TarShards(data.path, data.image_key, data.caption_key),
-        "datasets": lambda data: ArrowFolder(data.path, data.split, data.image_key, data.caption_key),
+        "images": lambda data: ImageFolder(data.path, data.image_key, data.caption_key, captions),
+        "webdataset": lambda data: TarShards(data.path, data.image_key, data.caption_key, captions),
+        "datasets": lambda data: ArrowFolder(data.path, data.split, data.image_key, data.caption_key, captions),
     }
     return makers[data.kind](data)
+
+
+class LargeEnough:
+    """The pictures of a source neither of whose sides is shorter than `side` pixels, in their order.
+
+    Reads the header of every picture once, when it is made. The others are passed over, with a warning that counts
+    them.
+
+    Raises:
+        DataError: none is large enough.
+    """
+
+    def __init__(self, source: Source, side: int):
+        self._source = source
+        self._indices = [index for index in range(len(source)) if min(source.size(index)) >= side]
+        small = len(source) - len(self._indices)
+        if not self._indices:
+            raise DataError(
+                f"data.path: expected pictures of at least {side} x {side} pixels (data.resolution), and all {small} "
+                "are smaller"
+            )
+        if small:
+            _log.warning(
+                "data.path: %d of %d pictures have a side below %d pixels (data.resolution) and are passed over",
+                small,
+                len(source),
+                side,
+            )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def key(self, index: int) -> str:
+        return self._source.key(self._indices[index])
+
+    def stamp(self, index: int) -> str:
+        return self._source.stamp(self._indices[index])
+
+    def size(self, index: int) -> Size:
+        return self._source.size(self._indices[index])
+
+    def image(self, index: int) -> Image.Image:
+        return self._source.image(self._indices[index])
+
+    def caption(self, index: int) -> str:
+        return self._source.caption(self._indices[index])
 
 
 def _is_image(name: str) -> bool:
@@ -127,14 +180,15 @@ def _entry(entry: dict, key: str, name: str, option: str) -> str:
 class ImageFolder:
     """A folder of image files, see :func:`open_source`."""
 
-    def __init__(self, path: str, image_key: str | None = None, caption_key: str | None = None):
+    def __init__(self, path: str, image_key: str | None = None, caption_key: str | None = None, captions: bool = True):
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
             raise DataError(f"data.path: expected a folder of images, got {path!r}")
         names = sorted(self._walk())
         known = set(names)
         self._listed: dict[str, str] = {}
-        tables = [name for name in names if name.rpartition("/")[2] == METADATA]
+        self._captions = captions
+        tables = [name for name in names if captions and name.rpartition("/")[2] == METADATA]
         for table in tables:
             self._read_table(table, image_key or "file_name", caption_key or "text")
         if not tables and image_key:
@@ -144,6 +198,8 @@ class ImageFolder:
         self._names = sorted({name for name in names if _is_image(name)} | set(self._listed))
         if not self._names:
             raise DataError(f"data.path: expected images ({', '.join(IMAGES)}) below {path!r}, found none")
+        if not captions:
+            return
         self._caption_key = caption_key or PROMPT
         kinds = ("json", "txt") if caption_key and not tables else ("txt", "json")
         self._beside = {
@@ -208,6 +264,8 @@ class ImageFolder:
         return _decoded(lambda: pictures.decode(path), str(path))
 
     def caption(self, index: int) -> str:
+        if not self._captions:
+            return ""
         name = self._names[index]
         if name in self._listed:
             return self._listed[name]
@@ -238,15 +296,21 @@ class _Sample(NamedTuple):
     shard: int
     name: str
     image: _Member
-    caption: _Member
+    caption: _Member | None  # None: not looked for
     caption_key: str | None  # None: the member is the text; else JSON that holds it under this key
 
 
 class TarShards:
     """Local tars in the layout of webdataset, see :func:`open_source`."""
 
-    def __init__(self, path: str | Iterable[str], image_key: str | None = None, caption_key: str | None = None):
-        self._image_key, self._caption_key = image_key, caption_key
+    def __init__(
+        self,
+        path: str | Iterable[str],
+        image_key: str | None = None,
+        caption_key: str | None = None,
+        captions: bool = True,
+    ):
+        self._image_key, self._caption_key, self._captions = image_key, caption_key, captions
         self._shards = _find_shards(path)
         self._samples: list[_Sample] = []
         passed_over: Counter[str] = Counter()
@@ -278,6 +342,8 @@ class TarShards:
                 raise DataError(f"{where}: expected a member {images[0]!r} (data.image_key), found {found}")
         if len(images) > 1:
             raise DataError(f"{where}: expected one image, found {', '.join(images)}; data.image_key chooses")
+        if not self._captions:
+            return _Sample(shard, name, members[images[0]], None, None)
         caption, key = self._caption_key or "txt", None
         if caption not in members and not f".{self._caption_key}".endswith(".txt"):
             caption, key = "json", self._caption_key or "caption"
@@ -324,6 +390,8 @@ class TarShards:
 
     def caption(self, index: int) -> str:
         sample = self._samples[index]
+        if sample.caption is None:
+            return ""
         content, name = self._read(sample, sample.caption), self._name(sample)
         if sample.caption_key is None:
             return _text(content, name).strip()
@@ -376,7 +444,12 @@ class ArrowFolder:
     """What `datasets.Dataset.save_to_disk` wrote, see :func:`open_source`."""
 
     def __init__(
-        self, path: str, split: str | None = None, image_key: str | None = None, caption_key: str | None = None
+        self,
+        path: str,
+        split: str | None = None,
+        image_key: str | None = None,
+        caption_key: str | None = None,
+        captions: bool = True,
     ):
         try:
             import datasets
@@ -402,13 +475,16 @@ class ArrowFolder:
         if not len(table):
             raise DataError(f"data.path: expected samples in {path!r}, found none")
         self.image_key = _column(table, "data.image_key", image_key, ["image"])
-        self.caption_key = _column(table, "data.caption_key", caption_key, ["text", "caption"])
+        self.caption_key = None
+        if captions:
+            self.caption_key = _column(table, "data.caption_key", caption_key, ["text", "caption"])
         self._fingerprint = getattr(table, "_fingerprint", "")
         table = table.with_format(None)
         images = table.select_columns([self.image_key])
         if isinstance(images.features[self.image_key], datasets.Image):
             images = images.cast_column(self.image_key, datasets.Image(decode=False))  # the file, not its pixels
-        self._root, self._images, self._captions = root, images, table.select_columns([self.caption_key])
+        self._root, self._images = root, images
+        self._captions = table.select_columns([self.caption_key]) if captions else None
 
     def _file(self, index: int) -> io.BytesIO | Path:
         """The encoded image."""
@@ -442,6 +518,8 @@ class ArrowFolder:
         return _decoded(lambda: pictures.decode(self._file(index)), self._name(index))
 
     def caption(self, index: int) -> str:
+        if self._captions is None:
+            return ""
         value = self._captions[index][self.caption_key]
         if not isinstance(value, str):
             raise DataError(f"{self._name(index)}: expected text in column {self.caption_key!r}, got {value!r}")
