@@ -43,24 +43,30 @@ class StandIn:
     """The pipeline's interface, for what does not depend on the model: a picture, enlarged, with noise of the seed."""
 
     def __init__(self):
-        self.scheduler = types.SimpleNamespace(config={"sampler": "heun"})
+        self.scheduler = types.SimpleNamespace(config={"sampler": "heun"}, timesteps=[])
         self.calls = []  # the arguments of every call
-        self.num_timesteps = None
+        self.value = 0.0  # of the sample
         self.at = lambda number: None  # called with the number of each picture before it is drawn
 
-    def __call__(self, image, scale=4.0, *, height=None, width=None, generator, callback_on_step_end, **options):
+    def __call__(
+        self, image, scale=4.0, *, height=None, width=None, generator, callback_on_step_end, progress, **options
+    ):
         self.calls.append({"image": image, "scale": scale, "height": height, "width": width, **options})
         self.at(len(self.calls))
-        if image.mode == "CMYK":
-            image = image.convert("RGB")
         size = (width, height) if height else (round(image.width * scale), round(image.height * scale))
-        self.num_timesteps = 2 * options["num_inference_steps"] - 1
-        for step in range(self.num_timesteps):
-            callback_on_step_end(self, step, None, {})
+        count = 2 * options["num_inference_steps"] - 1
+        self.scheduler.timesteps = [0.0] * count
+        for index in range(count):
+            callback_on_step_end(self, index, None, {"sample": torch.full((1, 3, 2, 2), self.value)})
+            progress(index + 1, count)
+        profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
+        image = image.convert("RGB") if image.mode == "CMYK" else image
         large = np.asarray(image.resize(size), dtype=np.float32)
         noise = torch.rand(size[1], size[0], generator=generator).numpy() * 9
         pixels = (large * 0.9 + (noise if large.ndim == 2 else noise[..., None])).astype(np.uint8)
-        return types.SimpleNamespace(images=[Image.fromarray(pixels)])
+        result = Image.fromarray(pixels)
+        result.info |= {"icc_profile": profile} if profile else {}
+        return types.SimpleNamespace(images=[result])
 
 
 def save_model(folder):
@@ -462,6 +468,14 @@ def test_what_the_pipeline_refuses_does_not_stop_the_rest(upscale, pipe, error, 
     pipe.at = lambda number: None
     status, paths, err = upscale("a.png", "b.png", "c.png")
     assert (status, paths) == (0, ["upscaled/b_x4.png"]) and "1 written, 2 done before" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_result_that_is_no_picture_is_a_failure(upscale, pipe, value):
+    draw("cat.png")
+    pipe.value = value
+    status, paths, err = upscale("cat.png")
+    assert (status, paths) == (1, []) and "not finite in float32" in err and not Path("upscaled").exists()
 
 
 def test_a_disk_that_is_full_stops_the_list_since_every_other_result_would_be_lost_too(upscale, pipe, monkeypatch):
@@ -870,7 +884,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_counts_the_calls_of_the_network_with_the_time_left_over_all_pictures(upscale, monkeypatch):
+def test_a_bar_has_the_time_left_over_all_pictures(upscale, monkeypatch):
     draw("a.png", (600, 400)), draw("b.png", (6, 4))
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -887,7 +901,7 @@ def test_lines_where_there_is_no_terminal_and_the_time_left(upscale, pipe, monke
     monkeypatch.setattr(_upscale_progress, "INTERVAL", -1.0)
     status, _, err = upscale("a.png", "b.png", "--steps", "2")
     assert status == 0 and "\r" not in err
-    assert "1/2 a.png: call 1/3, 00:00 left" in err
+    assert "1/2 a.png: 33%, 00:00 left" in err
     assert "1/2 a.png: 24x16 in " in err and "2/2 b.png: 24x16 in " in err
 
 
@@ -902,13 +916,13 @@ def test_the_time_left_is_in_proportion_to_the_pixels(monkeypatch, capsys):
         progress.skip("bad")
         progress.start("c.png")
         clock[0] += 61
-        progress.call(1, 4)
+        progress.advance(1, 4)
     captured = capsys.readouterr()
     assert captured.out == "a_x4.png\n"
     assert captured.err.splitlines() == [
         "1/3 a.png: done, 01:30 left",  # 9 of 10 parts
         "2/3 b.png: bad",
-        "3/3 c.png: call 1/4, 01:46 left",  # 3 of 5, the bad ones do not count: 71 s / 2 * 3
+        "3/3 c.png: 25%, 01:46 left",  # 3 of 5, the bad ones do not count: 71 s / 2 * 3
     ]
 
 

@@ -45,7 +45,10 @@ def open_picture(data: bytes):
         picture.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         raise Problem(f"cannot be read: {line(error)}") from error
-    return ImageOps.exif_transpose(picture)
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a malformed EXIF block says nothing about the orientation; the picture is still good
+        return picture
 
 
 def target(request: Request, size: tuple[int, int]) -> tuple[int, int]:
@@ -74,20 +77,14 @@ def check_target(request: Request, size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def keeps_profile(picture, profile: bytes) -> bool:
-    """Whether a colour profile is one for the colours of this picture (a result has no CMYK, for example)."""
-    spaces = {"RGB": b"RGB ", "RGBA": b"RGB ", "L": b"GRAY", "LA": b"GRAY"}
-    return profile[16:20] == spaces.get(picture.mode)
-
-
-def encode(picture, kind: str, profile: bytes | None) -> bytes:
-    """The file of a result."""
+def encode(picture, kind: str) -> bytes:
+    """The file of a result, with its colour profile."""
     if kind == "jpg" and picture.mode not in ("RGB", "L"):
         raise Problem("has transparency, which a jpg cannot hold: --format png or webp")
     _, options = FORMATS[kind]
     stream = io.BytesIO()
     try:
-        picture.save(stream, {"jpg": "jpeg"}.get(kind, kind), **options, icc_profile=profile)
+        picture.save(stream, {"jpg": "jpeg"}.get(kind, kind), **options, icc_profile=picture.info.get("icc_profile"))
     except KeyError as error:
         raise Problem(f"cannot be written: Pillow was built without {error}") from error
     return stream.getvalue()

@@ -12,8 +12,13 @@ from tqdm.auto import tqdm
 INTERVAL = 60.0  # seconds between lines about one picture where there is no bar
 
 
+def readable(text: str) -> str:
+    """Text that every stream takes; names of files may hold bytes that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class Progress:
-    """Progress over pictures, counted in pixels of their results: a call of the network takes time by them.
+    """Progress over pictures, counted in pixels of their results: the work on a picture takes time by them.
 
     Args:
         areas: of the results, pixels.
@@ -31,7 +36,7 @@ class Progress:
             disable=True if quiet else None,
             file=sys.stderr,
             unit_scale=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}px{postfix} [{elapsed}<{remaining}]",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}px [{elapsed}<{remaining}]",
         )
         self._began = self._last = time.monotonic()
 
@@ -48,15 +53,14 @@ class Progress:
 
     def start(self, name: str) -> None:
         self._number += 1
-        self._done, self._name = 0, name
+        self._done, self._name = 0, readable(name)
         self._bar.set_description(self._title())
 
-    def call(self, number: int, count: int) -> None:
-        """Say that a call of the network is through, the `number`th of `count`."""
-        self._update(min(number, count) * self._areas[self._number] // count - self._done)
-        self._bar.set_postfix_str(f"call {number}/{count}")
+    def advance(self, done: int, total: int) -> None:
+        """Say how much of the work on the picture is through."""
+        self._update(done * self._areas[self._number] // total - self._done)
         if time.monotonic() - self._last > INTERVAL:
-            self._line(f"call {number}/{count}, {self._remaining()} left")
+            self._line(f"{done / total:.0%}, {self._remaining()} left")
 
     def finish(self, path: str, facts: str) -> None:
         """Say that the picture is through; its path goes to stdout."""
@@ -79,7 +83,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Say something about the picture in work."""
-        tqdm.write(f"{self._title()}: {text}", file=sys.stderr)
+        tqdm.write(f"{self._title()}: {readable(text)}", file=sys.stderr)
 
     def _title(self) -> str:
         return f"{self._number + 1}/{len(self._areas)} {self._name}"

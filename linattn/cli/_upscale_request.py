@@ -119,7 +119,7 @@ def check_values(request: Request) -> None:
             raise Usage(f"--{name}: expected 1 or more, got {getattr(request, name)}")
     if not 0 <= request.seed < 2**63:
         raise Usage(f"--seed: expected 0 to 2^63 - 1, got {request.seed}")
-    if request.max_memory != "auto" and not re.fullmatch(r"\s*\d+(\.\d+)?\s*([KMGT]i?)?B\s*", request.max_memory):
+    if request.max_memory != "auto" and not re.fullmatch(r"(?i)\d+(\.\d+)?\s*[KMGT](i?B)?", request.max_memory):
         raise Usage(
             f"--max-memory: expected auto or a size with its unit, for example 12GiB, got {request.max_memory!r}"
         )

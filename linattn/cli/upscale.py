@@ -150,13 +150,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="for weights and work, like 12GiB; the schedule follows from it [auto: what is free]",
+        help="for the work beside the weights, like 12GiB; the schedule follows from it [auto: most of what is free]",
     )
     parser.add_argument(
         "--schedule",
         choices=("auto", *SCHEDULES),
-        help="the network at once, layer by layer in strips, or strip by strip: the same picture in less and less "
-        "memory [auto: by --max-memory]",
+        help="the network at once, layer by layer in strips, or strip by strip: the same picture in less memory [auto: "
+        "the fastest that --max-memory allows]",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), help="where to work [auto: cuda where there is one]"
@@ -251,7 +251,9 @@ def _run(args: argparse.Namespace, stop: Stop) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from linattn.cli._upscale_progress import readable
+
+    print(readable(text), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures
@@ -471,11 +473,13 @@ def _enlarge(pipe, task: Task, job: Job, progress) -> tuple[dict, bytes]:
     picture = _upscale_pictures.open_picture(content)
     width, height = _upscale_pictures.check_target(request, picture.size)
     size = {"scale": request.scale} if request.scale is not None else {"width": width, "height": height}
-    calls = []
+    calls, finite = 0, True
 
-    def after_call(pipe, step, timestep, tensors):
-        calls.append(step)
-        progress.call(len(calls), pipe.num_timesteps)
+    def after_call(pipe, index, timestep, tensors):
+        nonlocal calls, finite
+        calls = index + 1
+        if calls == len(pipe.scheduler.timesteps):
+            finite = bool(tensors["sample"].sum(dtype=torch.float64).isfinite())
         return tensors
 
     start = time.perf_counter()
@@ -490,13 +494,14 @@ def _enlarge(pipe, task: Task, job: Job, progress) -> tuple[dict, bytes]:
         schedule=None if request.schedule == "auto" else request.schedule,
         output_type="pil",
         callback_on_step_end=after_call,
+        progress=progress.advance,
     ).images[0]
     seconds = time.perf_counter() - start
-    profile = picture.info.get("icc_profile")
-    if profile is not None and not _upscale_pictures.keeps_profile(drawn, profile):
+    if not finite:
+        raise Problem(f"came out with values that are not finite in {request.dtype}; --dtype float32 may help")
+    if picture.info.get("icc_profile") and not drawn.info.get("icc_profile"):
         progress.note("warning: its colour profile was left out, it is for other colours than those of the result")
-        profile = None
-    data = _upscale_pictures.encode(drawn, request.format, profile)
+    data = _upscale_pictures.encode(drawn, request.format)
     path = os.path.abspath(job.input)
     source = Source("IMAGE", path, "file", job.input, files={job.input.name: _upscale_files.sha256(content)})
     record = {
@@ -511,7 +516,7 @@ def _enlarge(pipe, task: Task, job: Job, progress) -> tuple[dict, bytes]:
                 "seed": request.seed,
                 "width": drawn.width,
                 "height": drawn.height,
-                "calls": len(calls),
+                "calls": calls,
                 "seconds": round(seconds, 4),
                 "bytes": len(data),
                 "pixels_sha256": _upscale_files.sha256(f"{drawn.width}x{drawn.height} ".encode() + drawn.tobytes()),
