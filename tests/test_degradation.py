@@ -366,7 +366,8 @@ def recipe_with(value):
     return Recipe.parse(
         {
             "model": {"pretrained": "owner/model"},
-            "student": {"adapter": "a:B"},
+            "student": {"adapter": None},
+            "objective": {"kind": "edm"},
             "data": {"kind": "images", "path": "p", "resolution": 512, "upscaling": {"degradation": value}},
             "training": {"steps": 1, "batch_size": 1, "learning_rate": 1.0},
             "output": {"folder": "out"},

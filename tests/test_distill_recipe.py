@@ -30,14 +30,16 @@ KEYS = [key for key, _, _ in recipe.keys()]  # noqa: SIM118 (no dict)
 SECTIONS = sorted({"", *(key.rpartition(".")[0] for key in KEYS)})
 #: Keys that an objective of this kind has, and the default one has not.
 ONLY_OF = {
-    f"objective.{name}": "flow_attention"
-    for name in recipe.FlowAttentionObjective.model_fields.keys() - recipe.AttentionObjective.model_fields.keys()
+    f"objective.{name}": kind.model_fields["kind"].default
+    for kind in (recipe.FlowAttentionObjective, recipe.EDMObjective)
+    for name in kind.model_fields.keys() - recipe.AttentionObjective.model_fields.keys()
 }
 
 
 def smallest_with(key):
     """The smallest recipe that may have this key."""
-    return with_value("objective.kind", ONLY_OF[key]) if key in ONLY_OF else SMALLEST
+    content = with_value("objective.kind", ONLY_OF[key]) if key in ONLY_OF else SMALLEST
+    return with_value("student.adapter", None, content) if ONLY_OF.get(key) == "edm" else content
 
 
 def with_value(key, value, content=SMALLEST):
@@ -331,7 +333,9 @@ def test_objectives_are_told_apart_by_kind_and_explained_by_plain_keys():
         "objective.features: unknown key; expected only beside objective.kind: attention"
     ]
     assert lines({"kind": "flow_attention", "logit_std": 0})[0].startswith("objective.logit_std: expected a number")
-    assert lines({"kind": "neither"}) == ["objective.kind: expected 'attention', 'flow_attention', got 'neither'"]
+    assert lines({"kind": "neither"}) == [
+        "objective.kind: expected 'attention', 'flow_attention', 'edm', got 'neither'"
+    ]
     assert lines({"weights": {"nose": 1}}) == [
         "objective.weights.nose: unknown key; did you mean 'objective.weights.noise'?"
     ]

@@ -2,18 +2,14 @@
 
 import functools
 import json
-import multiprocessing
 import os
-import random
 import re
 import runpy
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +23,10 @@ pytest.importorskip("diffusers", reason='distillation needs the extra: pip insta
 pytest.importorskip("pydantic", reason='distillation needs the extra: pip install "linattn[train]"')
 pytest.importorskip("tensorboard", reason='distillation needs the extra: pip install "linattn[train]"')
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
+from helpers import runs
+from helpers.runs import free_port, reset_accelerator
 from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -62,12 +60,6 @@ def fresh_accelerator():
     reset_accelerator()
     yield
     reset_accelerator()
-
-
-def reset_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +129,9 @@ def assert_same_weights(a, b):
 # ------------------------------------------------------------------------------------------------- the shipped recipes
 
 
-def test_every_shipped_recipe_is_run_here():
-    assert set(FAMILIES) == {name for name in recipe.shipped() if name.startswith(("linfusion", "clear"))}
+def test_every_shipped_recipe_is_run():
+    elsewhere = {"infdit"}  # in test_distill_infdit.py
+    assert set(FAMILIES) == set(recipe.shipped()) - elsewhere
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -189,23 +182,6 @@ def test_training_lowers_the_losses(folders, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- killed, and going on
 
-# In a child made by fork, so that it needs no new imports: tests kill many of them.
-FORK = multiprocessing.get_context("fork")
-
-
-def in_child(function, *arguments, environment=()):
-    def target():
-        os.environ.update(environment)
-        with open(os.devnull, "w") as quiet:
-            os.dup2(quiet.fileno(), 1)
-            os.dup2(quiet.fileno(), 2)
-        function(*arguments)
-
-    child = FORK.Process(target=target)
-    child.start()
-    return child
-
-
 KILLED = {
     "plain": ["training.steps=12", "output.checkpoint_every=2"],
     "everything": [
@@ -243,21 +219,8 @@ KILLED = {
 def test_run_killed_at_random_moments_ends_in_the_same_bits(folders, tmp_path, case):
     overrides = KILLED[case]
     run = functools.partial(train, name="clear_tiny_flux" if case.startswith("flux") else "linfusion_sd15")
-    started = time.monotonic()
-    run(folders, tmp_path / "whole", *overrides)
-    duration = time.monotonic() - started
-    killed = 0
-    for attempt in range(30):
-        child = in_child(run, folders, tmp_path / "killed", *overrides)
-        # The first ones early, then later ones, and at last none: every run ends.
-        child.join(timeout=random.uniform(0.3, 0.5 + 0.15 * attempt) * duration)
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            killed += 1
-        if child.exitcode == 0:
-            break
-    assert child.exitcode == 0 and killed >= 1, (child.exitcode, killed)
+    duration = runs.timed(run, folders, tmp_path / "whole", *overrides)
+    assert runs.killed_until_done(run, folders, tmp_path / "killed", *overrides, duration=duration) >= 1
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     state, other = (checkpoint.read_state(checkpoint.latest(tmp_path / name)) for name in ("whole", "killed"))
     assert state == other
@@ -374,30 +337,8 @@ def test_folder_of_another_run_is_refused_by_key(folders, tmp_path):
 # ------------------------------------------------------------------------------------------------------ many processes
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def train_together(folders, out, *overrides, world=2, function=train):
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    children = [
-        in_child(
-            function,
-            folders,
-            out,
-            *overrides,
-            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
-        )
-        for rank in range(world)
-    ]
-    for child in children:
-        child.join(timeout=240)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    return codes
+def train_together(folders, out, *overrides, function=train):
+    return runs.together(function, folders, out, *overrides)
 
 
 @pytest.mark.parametrize("name", ["linfusion_sd15", "clear"])

@@ -1,4 +1,4 @@
-"""Distil a model as a recipe says: `linattn distill linfusion_sd15 --set data.path=pictures --set output.folder=run`.
+"""Train a model as a recipe says: `linattn distill linfusion_sd15 --set data.path=pictures --set output.folder=run`.
 
 A run that was stopped or killed goes on where its last checkpoint stands when the same command is given again. The
 result is in <output.folder>/final. On several GPUs: `accelerate launch -m linattn distill ...`.
@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-HELP = "train a student with cheaper attention from a recipe (YAML)"
+HELP = "train a student with cheaper attention, or Inf-DiT, from a recipe (YAML)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +48,15 @@ def run(args: argparse.Namespace) -> int:
         if args.show:
             print(recipe.to_yaml(), end="")
             return 0
-        adapter_class = resolve(recipe.student.adapter)
+        adapter_class = resolve(recipe.student.adapter) if recipe.student.adapter else None
+        pipeline_class = resolve(recipe.model.pipeline, "model.pipeline") if recipe.model.pipeline else None
         # Before the models are imported: what they say about their own optional parts would bury what matters.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from linattn.distill.trainer import Interrupted, Trainer
 
-        trainer = Trainer(recipe, adapter_class, say=lambda text: print(text, flush=True))
+        trainer = Trainer(
+            recipe, adapter_class, pipeline_class=pipeline_class, say=lambda text: print(text, flush=True)
+        )
         trainer.say(trainer.plan())
         if args.dry_run:
             return 0
@@ -73,8 +76,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def resolve(import_path: str) -> type:
+def resolve(import_path: str, key: str = "student.adapter") -> type:
     """The class that "module:Class" names.
+
+    Args:
+        key: of the recipe, for messages.
 
     Raises:
         ValueError: there is no such module or class; the message says which of the two.
@@ -85,10 +91,10 @@ def resolve(import_path: str) -> type:
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
             raise  # the module exists, and needs something that does not
-        raise ValueError(f"student.adapter: there is no module {module_name!r} (in {import_path!r})") from None
+        raise ValueError(f"{key}: there is no module {module_name!r} (in {import_path!r})") from None
     found = getattr(module, name, None)
     if found is None:
-        raise ValueError(f"student.adapter: {module_name} has no {name!r}")
+        raise ValueError(f"{key}: {module_name} has no {name!r}")
     return found
 
 

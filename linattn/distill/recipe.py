@@ -59,13 +59,26 @@ class RecipeError(ValueError):
 
 
 class Model(Section):
-    """The teacher, which also gives the student all that is not attention."""
+    """The teacher, which also gives the student all that is not attention; or, without an adapter, what is trained."""
 
-    pretrained: Text  # name on the Hugging Face Hub, or folder, of a diffusers pipeline
+    pretrained: Text | None = None  # name on the Hugging Face Hub, or folder, of a diffusers pipeline
     revision: Text | None = None
     variant: Text | None = None  # such as fp16
     # Tokens of a caption that T5 sees (FLUX, SD3); None: as its tokenizer says, at most 512 and 256.
     text_length: Annotated[int, Field(ge=1, le=512)] | None = None
+    pipeline: Annotated[str, AfterValidator(import_path)] | None = None  # module:Class of one that diffusers lacks
+    config: dict[str, Any] | None = None  # in place of pretrained: new weights, of a network of this configuration
+    image_encoder: Text | None = None  # name or folder of the CLIP that a pipeline without one is given
+
+    def conflicts(self):
+        if self.config is None:
+            if self.pretrained is None:
+                yield "pretrained", "required, and missing"
+            return
+        if self.pretrained is not None:
+            yield "config", f"expected null beside model.pretrained: {self.pretrained}, got {self.config}"
+        if self.pipeline is None:
+            yield "pipeline", "expected module:Class beside model.config, got null"
 
 
 class Lora(Section):
@@ -85,7 +98,7 @@ class Lora(Section):
 class Student(Section):
     """What takes the place of the teacher's attention, and which part of it is trained."""
 
-    adapter: Annotated[str, AfterValidator(import_path)]  # module:Class
+    adapter: Annotated[str, AfterValidator(import_path)] | None  # module:Class; None: the whole model is the student
     pretrained: Text | None = None  # weights of the adapter to begin with
     options: dict[str, Any] = Field(default_factory=dict)  # handed to the adapter
     train: Literal["full", "lora"] = "full"
@@ -129,12 +142,25 @@ class FlowAttentionObjective(Section):
     shift: Positive = 1.0  # of the noise levels; 1: uniform, above: more noise
 
 
+class EDMObjective(Section):
+    """Training on data alone, without a teacher, of a model that enlarges pictures (Inf-DiT)."""
+
+    kind: Literal["edm"] = "edm"
+    log_sigma_mean: Number = -1.0  # of the natural logarithm of the noise level, which is normal
+    log_sigma_std: Positive = 1.4
+    sigma_min: Positive = 0.001
+    lr_dropout: Probability = 0.07  # chance that noise takes the place of the low resolution picture
+    max_offset: Annotated[int, Field(ge=0)] = 896  # rows and columns of tokens that positions start at: 0 to this
+
+
 def _kind(value: object) -> object:
     return value.get("kind", "attention") if isinstance(value, dict) else getattr(value, "kind", "attention")
 
 
 Objective = Annotated[
-    Annotated[AttentionObjective, Tag("attention")] | Annotated[FlowAttentionObjective, Tag("flow_attention")],
+    Annotated[AttentionObjective, Tag("attention")]
+    | Annotated[FlowAttentionObjective, Tag("flow_attention")]
+    | Annotated[EDMObjective, Tag("edm")],
     Discriminator(_kind),
 ]
 
@@ -167,7 +193,7 @@ class Data(Section):
     caption_drop: Probability = 0.0  # chance that a caption is replaced by the empty one
     workers: Annotated[int, Field(ge=0)] = 4
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    upscaling: Upscaling = Field(default_factory=Upscaling)  # beside objective.kind: edm
+    upscaling: Upscaling = Field(default_factory=Upscaling)  # in place of resize, crop and flip beside kind: edm
 
     def conflicts(self):
         for key in ("random_crop", "random_flip"):
@@ -216,6 +242,7 @@ class Training(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_learning_rate: NotNegative | None = None  # where polynomial ends; None: at 1e-7
     mixed_precision: Annotated[
         Literal["no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
     ] = "no"
@@ -234,6 +261,18 @@ class Training(Section):
                 "expected 0 beside training.lr_schedule: constant (which has no warm-up: 'constant_with_warmup' has), "
                 f"got {self.warmup_steps}",
             )
+        if self.final_learning_rate is not None:
+            if self.lr_schedule != "polynomial":
+                yield (
+                    "final_learning_rate",
+                    f"expected null beside training.lr_schedule: {self.lr_schedule} (polynomial ends where it is "
+                    f"told), got {self.final_learning_rate}",
+                )
+            if self.final_learning_rate >= self.learning_rate:
+                yield (
+                    "final_learning_rate",
+                    f"expected less than training.learning_rate ({self.learning_rate}), got {self.final_learning_rate}",
+                )
         if self.warmup_steps > self.steps:
             yield "warmup_steps", f"expected at most training.steps ({self.steps}), got {self.warmup_steps}"
 
@@ -242,6 +281,7 @@ class Validation(Section):
     """Pictures that the student draws on the way."""
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    images: Texts = ()  # files, in place of prompts beside objective.kind: edm: they are enlarged
     every: Count = 1000  # optimizer steps
     steps: Count = 25  # of the sampler
     guidance: NotNegative = 7.5
@@ -268,6 +308,21 @@ class Recipe(Section):
     data: Data
     training: Training
     output: Output
+
+    def conflicts(self):
+        kind = self.objective.kind
+        if kind == "edm":
+            without, why = NOT_BESIDE_EDM, "objective.kind: edm"
+        else:
+            without, why = ONLY_BESIDE_EDM, f"objective.kind: {kind}"
+            if self.student.adapter is None:
+                yield "student.adapter", f"expected module:Class beside {why}, got null"
+        for key, expected in without.items():
+            value: Any = self
+            for part in key.split("."):
+                value = getattr(value, part)
+            if value != expected:
+                yield key, f"expected {_show(expected)} beside {why}, got {_show(value)}"
 
     @classmethod
     def parse(cls, content: object, source: str = "recipe") -> Recipe:
@@ -304,9 +359,9 @@ class Recipe(Section):
     def check_paths(self) -> None:
         """Raise if a local path of the recipe does not lead anywhere, before minutes are spent on loading a model.
 
-        `data.path` must exist (a glob must match). `model.pretrained` and `student.pretrained` must exist where they
-        can only be folders: a name on the Hub is `name` or `owner/name`. `output.folder` and `data.cache.folder` may
-        be missing, but not be files.
+        `data.path` must exist (a glob must match), and so must `output.validation.images`. `model.pretrained`,
+        `model.image_encoder` and `student.pretrained` must exist where they can only be folders: a name on the Hub is
+        `name` or `owner/name`. `output.folder` and `data.cache.folder` may be missing, but not be files.
 
         Raises:
             RecipeError: the key, the path, and the nearest one that exists.
@@ -316,7 +371,15 @@ class Recipe(Section):
         for path in tar_paths(paths) if self.data.kind == "webdataset" else paths:
             if not (os.path.exists(expand(path)) or (glob.has_magic(path) and glob.glob(expand(path), recursive=True))):
                 problems.append(f"data.path: expected {_PATHS[self.data.kind]}, got {path!r}; {instead_of(path)}")
-        for key, name in (("model.pretrained", self.model.pretrained), ("student.pretrained", self.student.pretrained)):
+        for path in self.output.validation.images:
+            if not os.path.isfile(expand(path)):
+                problems.append(f"output.validation.images: expected image files, got {path!r}; {instead_of(path)}")
+        names = {
+            "model.pretrained": self.model.pretrained,
+            "model.image_encoder": self.model.image_encoder,
+            "student.pretrained": self.student.pretrained,
+        }
+        for key, name in names.items():
             if name is not None and _only_local(name) and not os.path.exists(expand(name)):
                 problems.append(f"{key}: expected a folder that exists, got {name!r}; {instead_of(name)}")
         for key, name in (("output.folder", self.output.folder), ("data.cache.folder", self.data.cache.folder)):
@@ -325,6 +388,30 @@ class Recipe(Section):
         if problems:
             raise RecipeError("recipe", problems)
 
+
+#: What means nothing where whole models learn to enlarge pictures, or only there; and what it has to be then.
+NOT_BESIDE_EDM = {
+    "model.text_length": None,
+    "student.adapter": None,
+    "student.pretrained": None,
+    "student.options": {},
+    "student.train": "full",
+    "data.caption_key": None,
+    "data.resize": "crop",
+    "data.random_crop": False,
+    "data.random_flip": False,
+    "data.interpolation": "bicubic",
+    "data.caption_drop": 0.0,
+    "data.cache.text": False,
+    "data.cache.latents": False,
+    "training.share_frozen": None,
+    "output.validation.prompts": (),
+}
+ONLY_BESIDE_EDM = {
+    "model.config": None,
+    "model.image_encoder": None,
+    "output.validation.images": (),
+}
 
 _PATHS = {
     "images": "a folder of images that exists",

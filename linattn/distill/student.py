@@ -2,6 +2,8 @@
 
 Teacher and student differ in the adapter's modules only. So by default they are two trees of modules over one set of
 frozen weights: the student costs its adapter, not a second network.
+
+`WholeModel` is a student that nobody teaches: all of a network, trained on data alone.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ class Student:
     Attributes:
         model: the network with the adapter mounted. Its trainable parameters are float32, whatever the rest is cast to.
     """
+
+    #: Name of the folder in a checkpoint that holds the student as users load it.
+    saved_as = "adapter"
 
     def __init__(
         self,
@@ -124,6 +129,11 @@ class Student:
         """Name in the model -> parameter, of everything that is trained."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the model to the device: what is frozen in the given type, what is trained in float32."""
+        nn.Module.to(self.model, device=device, dtype=dtype)
+        self.widen()
+
     def widen(self) -> None:
         """The adapter's own parameters to float32: an optimizer's small steps are lost in 16 bits."""
         if self._names_its_own:  # the others in its modules may be the teacher's
@@ -155,6 +165,44 @@ class Student:
             settings = self.model.peft_config[ADAPTER_NAME].to_dict()
             settings["target_modules"] = sorted(settings["target_modules"])
             models.save_lora(Path(folder) / "lora", convert_state_dict_to_diffusers(layers), settings)
+
+
+class WholeModel:
+    """A network that is trained as it is, all of it.
+
+    It is used like a `Student`, but for how it is made.
+
+    Args:
+        model: the network itself, not a copy.
+    """
+
+    saved_as = "pipeline"
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._class = type(model)  # sharding puts a class of its own in its place
+        self.modules: dict[str, nn.Module] = {}
+
+    def train_fully(self) -> None:
+        self.model.requires_grad_(True)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the model to the device, in float32 whatever the type: nothing of it is frozen."""
+        nn.Module.to(self.model, device=device, dtype=torch.float32)
+
+    def blank(self) -> WholeModel:
+        """Another one of the same configuration on the CPU, whose weights mean nothing."""
+        with torch.random.fork_rng(devices=[]):
+            other = WholeModel(self._class.from_config(self.model.config))
+        other.train_fully()
+        return other
+
+    def save(self, folder: Path, models) -> None:
+        """Write a pipeline with this network in it."""
+        models.save(folder, self.model)
 
 
 def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:

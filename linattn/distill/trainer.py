@@ -1,7 +1,8 @@
 """One training loop for all objectives, on Hugging Face Accelerate.
 
 A recipe says what is trained, on what, and how; `Trainer(recipe, adapter_class).run()` does it. It runs in one process,
-or as one of many started by `accelerate launch`, with DDP, FSDP or DeepSpeed as that was configured.
+or as one of many started by `accelerate launch`, with DDP, FSDP or DeepSpeed as that was configured. What differs
+between teaching attention and training a model on data is in tasks.py.
 
 What a run computes is a function of the recipe alone: every random number belongs to the seed and to the running
 number of its sample (noise.py, data), and a checkpoint holds everything else. So a run that was killed at any moment
@@ -12,7 +13,6 @@ noise as one process that accumulates twice as many micro steps.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import signal
 import sys
@@ -25,13 +25,12 @@ from torch import nn
 
 from .._version import __version__
 from ..paths import expand
-from . import checkpoint, pipelines
-from .data import Order, loader, open_source
-from .noise import draw
-from .objectives.attention import AttentionDistillation
+from . import checkpoint
+from .data import Order
 from .precompute import fill_caches
 from .recipe import Recipe, RecipeError, load
-from .student import Student
+from .student import Student, WholeModel
+from .tasks import TASKS
 
 TRAINABLE, AVERAGE = "trainable.safetensors", "ema.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,32 +56,36 @@ class Trainer:
 
     Args:
         recipe: see `linattn.distill.recipe`.
-        adapter_class: what `recipe.student.adapter` names (see `Student` for what it must offer).
+        adapter_class: what `recipe.student.adapter` names (see `Student` for what it must offer), if it names one.
+        pipeline_class: what `recipe.model.pipeline` names, if it names one.
         accelerator: an Accelerator; None makes one from the recipe and the environment of `accelerate launch`.
         say: called with lines of text, on the main process.
     """
 
-    def __init__(self, recipe: Recipe, adapter_class: type, *, accelerator=None, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        recipe: Recipe,
+        adapter_class: type | None = None,
+        *,
+        pipeline_class: type | None = None,
+        accelerator=None,
+        say: Callable[[str], None] = print,
+    ):
         recipe.check_paths()
         self.recipe = recipe
+        self.task = TASKS[recipe.objective.kind](recipe, adapter_class=adapter_class, pipeline_class=pipeline_class)
         self.folder = Path(expand(recipe.output.folder))
         self.accelerator = accelerator or _accelerator(recipe, self.folder)
         self._say = say
         self._refuse_what_sharding_cannot_do()
         self._resume_from = self._find_checkpoint()
 
-        self.source = open_source(recipe.data)
+        self.source = self.task.open_source()
         self.order = Order.of(self.source, recipe.data, recipe.training.batch_size, recipe.training.seed)
-        self.models = pipelines.load(
-            recipe.model.pretrained,
-            revision=recipe.model.revision,
-            variant=recipe.model.variant,
-            text_length=recipe.model.text_length,
-        )
+        self.models = self.task.load()
         self._refuse_what_the_model_cannot_do()
-        self._adapter_class = adapter_class
         self.student = self._make_student()
-        self.objective = self._make_objective()
+        self.objective, self.schedule = self.task.objective(self.models, self.student)
         self.trainable = self.student.trainable()
 
     # ---- putting it together -----------------------------------------------------------------------------------------
@@ -119,6 +122,8 @@ class Trainer:
                 f"objective.kind: expected '{models.objective}' for a {name} ({self.recipe.model.pretrained!r}), got "
                 f"'{self.recipe.objective.kind}'"
             )
+        else:
+            problems += self.task.problems(models)
         validation = self.recipe.output.validation
         sides = {"data.resolution": data.resolution}
         if data.resize == "buckets":
@@ -148,66 +153,25 @@ class Trainer:
             raise RecipeError(str(self.folder), problems)
         return newest
 
-    def _make_student(self) -> Student:
+    def _make_student(self) -> Student | WholeModel:
         from accelerate.utils import set_seed
 
         set_seed(self.recipe.training.seed)  # what starts at random starts the same in every process and every run
-        wanted = self.recipe.student
-        share = self.recipe.training.share_frozen
-        student = Student(
-            self.models.model,
-            self._adapter_class,
-            pretrained=wanted.pretrained,
-            options=wanted.options,
-            share=not self._sharded if share is None else share,
-        )
-        if wanted.train == "lora":
-            low_rank = wanted.lora
-            student.train_lora(
-                rank=low_rank.rank,
-                alpha=low_rank.alpha or low_rank.rank,
-                dropout=low_rank.dropout,
-                targets=low_rank.targets,
-                also_train=low_rank.also_train,
-            )
-        else:
-            student.train_fully()
-        # The adapter starts from the teacher's float32 weights; only then is what stays frozen narrowed.
+        student = self.task.start(self.models, share=not self._sharded)
+        # An adapter starts from the teacher's float32 weights; only then is what stays frozen narrowed.
         dtype = DTYPES[self.accelerator.mixed_precision]
         self.models.place(self.accelerator.device, dtype)
-        pipelines.move(student.model, self.accelerator.device, dtype)
-        student.widen()
+        student.place(self.accelerator.device, dtype)
         if self.recipe.training.gradient_checkpointing:
             student.model.enable_gradient_checkpointing()
         return student
-
-    def _make_objective(self) -> nn.Module:
-        wanted, models = self.recipe.objective, self.models
-        if wanted.kind == "flow_attention":
-            names = ("weighting", "logit_mean", "logit_std", "mode_scale", "shift")
-            self.schedule = models.schedule(**{name: getattr(wanted, name) for name in names})
-            denoiser = functools.partial(models.denoiser, guidance=wanted.guidance)
-            features = models.compared_modules(wanted.feature_interval) if wanted.weights.feature else ()
-        else:
-            self.schedule, denoiser, features = models.schedule(), models.denoiser, wanted.features
-        return AttentionDistillation(
-            denoiser(self.student.model),
-            denoiser(models.model),
-            self.schedule,
-            weights=wanted.weights.model_dump(),
-            features=features,
-        )
 
     def plan(self) -> str:
         """What `run` would do, in a few lines."""
         training, world = self.recipe.training, self.accelerator.num_processes
         per_step = training.batch_size * training.gradient_accumulation * world
-        count = sum(p.numel() for p in self.trainable.values())
-        total = sum(p.numel() for p in self.student.model.parameters())
         lines = [
-            f"teacher    {self.recipe.model.pretrained} ({type(self.models.pipeline).__name__})",
-            f"student    {self.recipe.student.adapter}, {len(self.student.modules)} modules; trains {count:,} of "
-            f"{total:,} parameters ({self.recipe.student.train})",
+            *(f"{word:10} {text}" for word, text in self.task.summary(self.models, self.student)),
             f"data       {len(self.source):,} pictures, {self.recipe.data.kind} at {self.recipe.data.path}",
             f"steps      {training.steps:,} of {per_step} samples ({training.batch_size} x "
             f"{training.gradient_accumulation} micro steps x {world} processes), "
@@ -272,15 +236,13 @@ class Trainer:
             )
         count = (training.steps - state["step"]) * training.gradient_accumulation
         batches = iter(
-            loader(
+            self.task.batches(
                 self.source,
                 self.order,
-                self.recipe.data,
                 first=first,
                 count=max(count, 0),
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
-                seed=training.seed,
                 text_cache=text_cache,
                 latent_cache=latent_cache,
             )
@@ -305,7 +267,7 @@ class Trainer:
                 stop = self._agreed(received)
                 if stop or step % output.checkpoint_every == 0 or step == training.steps:
                     self._save(step, schedule)
-                if output.validation.prompts and (step % output.validation.every == 0 or step == training.steps):
+                if self.task.shown and (step % output.validation.every == 0 or step == training.steps):
                     self._validate(step)
                 if stop and step < training.steps:
                     raise Interrupted(stop, step)
@@ -344,44 +306,15 @@ class Trainer:
 
     def _encode(self, batch: dict) -> dict:
         """A batch of the loader as the objective's arguments."""
-        device = self.accelerator.device
-        if "latent_mean" in batch:
-            mean, std = batch["latent_mean"].to(device), batch["latent_std"].to(device)
-        else:
-            mean, std = self.models.encode_image(batch["pixels"])
-        random = draw(
-            batch["number"].tolist(),
-            mean.shape[1:],
-            seed=self.recipe.training.seed,
-            schedule=self.schedule,
-        )
-        if "condition" in batch:
-            dtype = self.models.model.dtype
-            condition = {name: value.to(device, dtype) for name, value in batch["condition"].items()}
-        else:
-            condition = self.models.encode_text(batch["caption"])
-        condition |= self.models.encode_sizes(batch["original_size"], batch["crop"], batch["target_size"])
-        return {
-            "latents": self.models.latents(mean, std, random.posterior.to(device)),
-            "noise": random.noise.to(device),
-            "timesteps": random.timesteps.to(device),
-            "condition": condition,
-        }
+        return self.task.encode(batch, self.models, self.schedule, self.accelerator.device)
 
     def _prepare(self):
-        from diffusers.optimization import get_scheduler
-
         training = self.recipe.training
         optimizer = _optimizer(list(self.trainable.values()), training)
         # Stepped by us, once per optimizer step: Accelerate's wrapper would step it once per process.
-        schedule = get_scheduler(
-            training.lr_schedule,
-            optimizer=optimizer,
-            num_warmup_steps=training.warmup_steps,
-            num_training_steps=training.steps,
-        )
-        self.objective.train()
+        schedule = _schedule(optimizer, training)
         self.models.model.eval()
+        self.objective.train()
         deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if deepspeed is not None:  # Accelerate reads it off a DataLoader, and ours is not prepared by it
             deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = training.batch_size
@@ -434,7 +367,7 @@ class Trainer:
                     shadow = dict(zip(self.trainable, self._average.shadow_params, strict=True))
                     _save_tensors(folder / AVERAGE, shadow)
                 if not self._sharded:
-                    self.student.save(folder / "adapter", self.models)
+                    self.student.save(folder / self.student.saved_as, self.models)
                 state = {
                     "step": step,
                     "micro_batches": self._micro_batches,
@@ -485,13 +418,14 @@ class Trainer:
         accelerator.wait_for_everyone()
         return target
 
-    def _gathered(self) -> Student | None:
+    def _gathered(self) -> Student | WholeModel | None:
         """On the main process a student with the weights that now lie in pieces on all of them."""
         (wrapped,) = self.accelerator._models
         state = self.accelerator.get_state_dict(wrapped)
         if not self.accelerator.is_main_process:
             return None
-        student, names = self._make_student(), list(self.trainable)
+        student = self.student.blank() if isinstance(self.student, WholeModel) else self._make_student()
+        names = list(self.trainable)
         with torch.no_grad():
             for name, parameter in student.trainable().items():
                 parameter.copy_(next(value for key, value in state.items() if key.endswith(f"student.model.{name}")))
@@ -514,19 +448,18 @@ class Trainer:
     # ---- validation --------------------------------------------------------------------------------------------------
 
     def _validate(self, step: int) -> None:
-        """Pictures of teacher (left) and student (right), one row per prompt, into `validation/` and the log."""
+        """What the student is compared with (left) and its own pictures (right), into `validation/` and the log."""
         if self._sharded:
             return
         if self.accelerator.is_main_process:
-            wanted = self.recipe.output.validation
-            options = wanted.model_dump(exclude={"prompts", "every"}) | {"autocast": self.accelerator.autocast}
-            if not hasattr(self, "_teacher_pictures"):
-                self._teacher_pictures = self.models.draw(self.models.model, wanted.prompts, **options)
+            autocast = self.accelerator.autocast
+            if not hasattr(self, "_compared"):
+                self._compared = self.task.compared(self.models, autocast)
             self.student.model.eval()
             with self._averaged():
-                drawn = self.models.draw(self.student.model, wanted.prompts, **options)
+                drawn = self.task.pictures(self.models, self.student.model, autocast)
             self.objective.train()
-            sheet = _sheet([list(pair) for pair in zip(self._teacher_pictures, drawn, strict=True)])
+            sheet = _sheet([list(pair) for pair in zip(self._compared, drawn, strict=True)])
             target = self.folder / "validation" / f"step-{step:08d}.png"
             target.parent.mkdir(exist_ok=True)
             sheet.save(target)
@@ -534,7 +467,7 @@ class Trainer:
                 import numpy
 
                 writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-                writer.add_image("teacher | student", numpy.asarray(sheet), step, dataformats="HWC")
+                writer.add_image(self.task.columns, numpy.asarray(sheet), step, dataformats="HWC")
         self.accelerator.wait_for_everyone()
 
 
@@ -553,6 +486,16 @@ def _optimizer(parameters: list[nn.Parameter], training) -> torch.optim.Optimize
     own["use_bias_correction"] = own.pop("bias_correction")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decouples
         return Prodigy(parameters, **common, **own)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, training):
+    """The learning rate schedule of a recipe's `training` section."""
+    from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
+
+    steps = {"num_warmup_steps": training.warmup_steps, "num_training_steps": training.steps}
+    if training.final_learning_rate is not None:
+        return get_polynomial_decay_schedule_with_warmup(optimizer, **steps, lr_end=training.final_learning_rate)
+    return get_scheduler(training.lr_schedule, optimizer=optimizer, **steps)
 
 
 def _prodigy() -> type:
@@ -614,12 +557,16 @@ def _save_tensors(file: Path, tensors) -> None:
 
 
 def _sheet(rows: list[list]):
-    """Pictures side by side, in rows."""
+    """Pictures side by side, in rows; those of a row have one size."""
     from PIL import Image
 
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * width, y * height))
+    width = max(sum(picture.width for picture in row) for row in rows)
+    sheet = Image.new("RGB", (width, sum(row[0].height for row in rows)))
+    top = 0
+    for row in rows:
+        left = 0
+        for picture in row:
+            sheet.paste(picture, (left, top))
+            left += picture.width
+        top += row[0].height
     return sheet

@@ -1,0 +1,88 @@
+"""Training runs as processes: started anew, killed, several together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+# Made by fork, so that a child needs no new imports: tests kill many of them.
+FORK = multiprocessing.get_context("fork")
+
+
+def reset_accelerator():
+    """Accelerate keeps its state in the process: this makes the next run start as a new process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def in_child(function, *arguments, environment=()):
+    def target():
+        os.environ.update(environment)
+        with open(os.devnull, "w") as quiet:
+            os.dup2(quiet.fileno(), 1)
+            os.dup2(quiet.fileno(), 2)
+        function(*arguments)
+
+    child = FORK.Process(target=target)
+    child.start()
+    return child
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(function, *arguments, world=2):
+    """Call a function in several processes of one run; their exit codes."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    children = [
+        in_child(
+            function,
+            *arguments,
+            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+        )
+        for rank in range(world)
+    ]
+    for child in children:
+        child.join(timeout=240)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return codes
+
+
+def killed_until_done(function, *arguments, duration):
+    """Call a function in processes that are killed at random moments until one ends; how many were killed.
+
+    Args:
+        duration: seconds that it takes from beginning to end. The first ones are killed early, then later ones, and at
+            last none: every run ends.
+    """
+    killed = 0
+    for attempt in range(30):
+        child = in_child(function, *arguments)
+        child.join(timeout=random.uniform(0.3, 0.5 + 0.15 * attempt) * duration)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            killed += 1
+        if child.exitcode == 0:
+            break
+    assert child.exitcode == 0, child.exitcode
+    return killed
+
+
+def timed(function, *arguments):
+    """The seconds that a call takes."""
+    started = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - started
