@@ -270,6 +270,7 @@ class InfDiTBlock(nn.Module):
             parts = attn.project(modulate(self.norm1(x[:, piece]), shift1, scale1), here)
             for target in (q, k[:, above:], v[:, above:]):
                 target[:, piece] = next(parts)
+            del parts, target  # they hold a piece and all values
         out = attn(q, k, v, width)
         del q
         # Copies: views would keep the keys and values of the whole strip.

@@ -146,7 +146,7 @@ def peak_bytes(model, batch: int, height: int, width: int, plan: Plan) -> int:
         held += 2 * above * token * (len(model.transformer_blocks) if plan.schedule == "streaming" else 1)
     # Queries, keys, values: keys and values with the row above; then a piece on its way there, half of it in float32.
     qkv = (3 * strip + 2 * above) * token
-    project = qkv + piece * (5 * token + 8 * batch * config.hidden_size)
+    project = qkv + piece * (6 * token + 8 * batch * config.hidden_size)
     attend = qkv + strip * token + batch * strip * heads * 4
     windows = min(PIECE, right) * (3 * lr_side) ** 2
     blocks = min(PIECE, right) * block**2
