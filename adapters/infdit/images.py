@@ -244,7 +244,11 @@ def reduced(x: Tensor, size: tuple[int, int], sr_scale: int) -> Tensor:
     if wanted == tuple(size):
         return resize(x, target)
     factors = [side / sr_scale / given for side, given in zip(size, x.shape[2:], strict=True)]
-    beyond = [math.ceil(n / f) + 1 - given for n, f, given in zip(target, factors, x.shape[2:], strict=True)]
+    # The filter reaches two pixels of the coarser of both grids to either side.
+    beyond = [
+        math.ceil(n / f + 2 * max(1, 1 / f)) + 1 - given
+        for n, f, given in zip(target, factors, x.shape[2:], strict=True)
+    ]
     x = F.pad(x, (0, max(0, beyond[1]), 0, max(0, beyond[0])), mode="replicate")
     x = F.interpolate(x, scale_factor=factors, mode="bicubic", antialias=True)
     return x[:, :, : target[0], : target[1]]

@@ -213,8 +213,9 @@ class InfDiTUpscalePipeline(DiffusionPipeline):
         if max_memory in (None, "auto"):
             return streaming.plan(self.transformer, batch, height, width, max_memory, schedule=schedule)
         pictures = 3 if any(call.keep for call in self.scheduler.calls) else 2
-        held = pictures * batch * 3 * height * width * 4
-        budget = streaming._bytes(max_memory, self._execution_device) - held
+        # In float32; and the low resolution twice, as it came and in the network's type.
+        held = batch * 3 * height * width * 4 * (pictures + 2 / self.transformer.config.sr_scale**2)
+        budget = streaming._bytes(max_memory, self._execution_device) - int(held)
         try:
             # A bound of 1 fits nothing, and says what would.
             return streaming.plan(self.transformer, batch, height, width, max(budget, 1), schedule=schedule)
