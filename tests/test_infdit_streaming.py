@@ -184,7 +184,9 @@ def test_plan_says_what_a_call_allocates(dtype, batch, height, width, sizes):
             Plan("streaming", 2),
         ):
             counted, said = peak(model, batch, height, width, way), peak_bytes(model, batch, height, width, way)
-            assert counted <= said <= 1.5 * counted, f"{way}: {counted / MIB:.1f} counted, {said / MIB:.1f} MiB said"
+            assert counted <= said <= 1.4 * counted + 2 * MIB, (
+                f"{way}: {counted / MIB:.1f} counted, {said / MIB:.1f} MiB said"
+            )
 
 
 def test_count_of_imagined_tensors_is_that_of_real_ones():
