@@ -1,12 +1,12 @@
 """`linattn upscale`: the pictures that were meant, results whole or not at all, stopped lists, mistakes at no cost."""
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
 import io
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -17,12 +17,13 @@ import time
 import types
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from linattn import cli
+from linattn import adapters, cli, schedulers
 from linattn.cli import _upscale_files as files
 from linattn.cli import _upscale_pictures as pictures
 from linattn.cli import _upscale_progress
@@ -687,64 +688,51 @@ def test_a_kill_at_any_step_of_writing_leaves_nothing_or_a_pair(tmp_path, overwr
 
 
 PROCESS = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell of the tests has done to it
     sys.path[:0] = {paths!r}
     from test_upscale import StandIn
     from linattn import cli
     from linattn.cli import upscale as command
+    def at(number):
+        if number == 4:
+            print("drawing the fourth", file=sys.stderr, flush=True)
+            time.sleep(600)
     def load(request, model):
         pipe = StandIn()
-        pipe.at = lambda number: (print("drawing", number, file=sys.stderr, flush=True), time.sleep(0.02))
+        pipe.at = at
         return pipe
     command._load = load
     sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@contextlib.contextmanager
-def process(*arguments):
-    """The command in a process of its own, with the stand-in, some milliseconds per picture."""
-    paths = [str(Path(__file__).parent)]
-    words = [sys.executable, "-c", textwrap.dedent(PROCESS).format(paths=paths), "upscale", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.communicate()
-
-
-def await_line(running, start):
-    for line in running.stderr:
-        if line.startswith(start):
-            return
-    raise AssertionError(f"the process ended before {start!r}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_stopped_list_leaves_whole_results_and_goes_on(upscale, number):
-    for n in range(40):
-        draw(f"in/{n:02}.png", (60, 40), seed=n)
-    with process("in", "--model", "model", "--device", "cpu") as running:
-        await_line(running, "drawing 5")
-        running.send_signal(number)
-        out, err = running.communicate(timeout=60)
-        written = len(out.splitlines())
-    assert_only_pairs("upscaled")
+    for n in range(6):
+        draw(f"in/{n}.png", (60, 40), seed=n)
+    script = textwrap.dedent(PROCESS).format(paths=[str(Path(__file__).parent)])
+    words = [sys.executable, "-c", script, "upscale", "in", "--model", "model", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            assert any(line.startswith("drawing the fourth") for line in running.stderr)
+            running.send_signal(number)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert out.splitlines() == [f"upscaled/{n}_x4.png" for n in range(3)]
     stopped = tree("upscaled")
+    assert sorted(stopped) == sorted(f"{n}_x4.png{more}" for n in range(3) for more in ("", ".json"))
+    assert_only_pairs("upscaled")
     if number == signal.SIGKILL:
         assert running.returncode == -signal.SIGKILL
     else:
         assert running.returncode == 130 and "Traceback" not in err
-        assert f"stopped with {40 - written} to do; the same command goes on from there" in err
-        assert len(stopped) == 2 * written, "no parts, and what was printed is what there is"
-    assert 4 <= written < 40
-    status, paths, _ = upscale("in")
-    assert status == 0 and written - 1 <= 40 - len(paths) <= written + 1
-    assert len(list(Path("upscaled").glob("*.png"))) == 40
-    assert {name: data for name, data in stopped.items() if name.endswith(".png")}.items() <= tree("upscaled").items()
-    assert_only_pairs("upscaled")
+        assert "3 written" in err and "stopped with 3 to do; the same command goes on from there" in err
+    status, paths, err = upscale("in")
+    assert (status, paths) == (0, [f"upscaled/{n}_x4.png" for n in range(3, 6)]) and "3 done before" in err
+    assert stopped.items() <= tree("upscaled").items()
 
 
 def test_a_signal_that_comes_while_a_pair_is_written_waits_for_its_end(upscale, pipe, monkeypatch):
@@ -1038,3 +1026,207 @@ def test_a_model_that_cannot_enlarge_is_refused_before_its_weights_are_read(upsc
     assert (status, paths, pipe.loaded) == (1, [], 0) and len(err.splitlines()) == 1, err
     for part in parts:
         assert part in err
+
+
+# -------------------------------------------------------------------------------------------------------- the hub
+
+
+def test_a_model_of_the_hub_that_is_not_in_the_cache_is_said_offline(upscale, somewhere, pipe):
+    status, paths, err = upscale("cat.png", "--model", "nobody/nothing")
+    assert (status, paths, pipe.loaded) == (1, [], 0) and len(err.splitlines()) == 1
+    assert "--model: 'nobody/nothing' is no folder here" in err and "HF_HUB_OFFLINE" in err
+
+
+def test_a_model_of_the_hub_is_used_from_the_cache_at_its_revision(upscale, tmp_path, pipe, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    top, revision = tmp_path / "hub/models--somebody--infdit", "5" * 40
+    save_model(top / "snapshots" / revision)
+    (top / "refs").mkdir()
+    (top / "refs/main").write_text(revision)
+    draw("cat.png")
+    status, paths, err = upscale("cat.png", "--model", "somebody/infdit")
+    assert status == 0, err
+    source = record_of(paths[0])["sources"]["model"]
+    assert (source["kind"], source["name"], source["revision"]) == ("hub", "somebody/infdit", revision)
+    # A record is made again from its own revision, whatever is the newest today.
+    shutil.copytree(top / "snapshots" / revision, top / "snapshots" / ("6" * 40))
+    (top / "snapshots" / ("6" * 40) / "transformer/config.json").write_text("{}")
+    (top / "refs/main").write_text("6" * 40)
+    status, _, err = upscale("--from", "upscaled/cat_x4.png.json", "--out", "again")
+    assert status == 0 and "the same pixels as recorded" in err, err
+
+
+# ----------------------------------------------------------------------------------------------------- the real thing
+
+
+@pytest.fixture(scope="module")
+def infdit(tmp_path_factory):
+    """A pipeline with a random network of blocks of 16 pixels, and its folder."""
+    network = adapters.InfDiTTransformer2DModel(
+        hidden_size=32, num_layers=2, num_attention_heads=2, patch_size=4, block_size=4, vector_dim=0
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    folder = tmp_path_factory.mktemp("infdit")
+    adapters.InfDiTUpscalePipeline(network, schedulers.EDMScheduler()).save_pretrained(folder)
+    # Loaded as the command does: weights lie otherwise in memory then, and the last bits of products depend on that.
+    pipe = adapters.InfDiTUpscalePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, folder
+
+
+@pytest.fixture
+def real(capsys, tmp_path, monkeypatch, infdit):
+    """Run the command with the random network; returns (exit status, paths on stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=infdit[1]):
+        model = [] if "--from" in arguments else ["--model", model, "--steps", 3]
+        status = cli.main(["upscale", *map(str, [*arguments, *model, "--device", "cpu"])])
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err
+
+    return run
+
+
+def in_python(infdit, path, sampler="heun", seed=0, **options):
+    pipe, _ = infdit
+    scheduler, pipe.scheduler = pipe.scheduler, schedulers.EDMScheduler(sampler=sampler)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        return pipe(Image.open(path), num_inference_steps=3, generator=generator, **options).images[0]
+    finally:
+        pipe.scheduler = scheduler
+
+
+IN_PYTHON = {
+    "plain": ([], {}),
+    "scale": (["--scale", "2.5"], {"scale": 2.5}),
+    "width": (["--width", "50"], {"width": 50}),
+    "seed": (["--seed", "5"], {"seed": 5}),
+    "noise": (["--start", "noise"], {"start": "noise"}),
+    "ddim": (["--sampler", "ddim"], {"sampler": "ddim"}),
+    "dpmsolver++": (["--sampler", "dpmsolver++"], {"sampler": "dpmsolver++"}),
+}
+
+
+@pytest.mark.parametrize("case", IN_PYTHON)
+def test_the_picture_is_what_the_same_calls_in_python_give(real, infdit, case):
+    arguments, options = IN_PYTHON[case]
+    draw("cat.png", (18, 11))
+    status, paths, err = real("cat.png", *arguments, "--out", "out")
+    assert status == 0, err
+    assert np.array_equal(pixels(paths[0]), np.asarray(in_python(infdit, "cat.png", **options)))
+    assert case == "plain" or not np.array_equal(pixels(paths[0]), np.asarray(in_python(infdit, "cat.png")))
+    record = record_of(paths[0])
+    assert record["pictures"][0]["calls"] == (3 if options.get("sampler", "heun") != "heun" else 5)
+    assert record["scheduler"]["config"]["sampler"] == record["request"]["sampler"] == options.get("sampler", "heun")
+    assert [line.partition(":")[0] for line in err.splitlines()][1:] == ["1/1 cat.png", "1 written"], "no other remarks"
+
+
+@pytest.mark.parametrize("options", [("--schedule", "streaming"), ("--max-memory", "1.1M")], ids=" ".join)
+def test_less_memory_gives_the_same_picture_within_rounding(real, monkeypatch, options):
+    from linattn.adapters.infdit import streaming
+
+    plan, plans = streaming.plan, []
+    monkeypatch.setattr(streaming, "plan", lambda *a, **k: plans.append(plan(*a, **k)) or plans[-1])
+    draw("cat.png", (30, 40))
+    _, (whole,), _ = real("cat.png")
+    status, (strips,), err = real("cat.png", *options, "--out", "strips")
+    assert status == 0, err
+    assert abs(pixels(whole).astype(int) - pixels(strips)).max() <= 1
+    assert plans[0].schedule == "full" and plans[-1].schedule != "full"
+    if "streaming" in options:
+        assert plans[-1].schedule == "streaming"
+
+
+def test_memory_that_is_too_little_is_said_with_what_is_needed(real):
+    draw("cat.png", (30, 40))
+    status, paths, err = real("cat.png", "--max-memory", "1K")
+    assert (status, paths) == (1, []) and "cat.png: max_memory: expected at least" in err
+
+
+KINDS = {"L": "L", "LA": "LA", "RGBA": "RGBA", "P": "RGB", "I;16": "L", "CMYK": "RGB", "1": "L"}
+
+
+@pytest.mark.parametrize("mode", KINDS)
+def test_every_kind_of_picture_goes_through(real, infdit, mode):
+    picture = Image.open(draw("rgb.png", (9, 7)))
+    if mode == "I;16":
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (7, 9), dtype=np.uint16))
+    else:
+        picture = picture.convert("RGBA" if mode == "LA" else "RGB").convert(mode)
+    name = "in.tif" if mode == "CMYK" else "in.png"
+    picture.save(name)
+    assert Image.open(name).mode == mode
+    status, paths, err = real(name)
+    assert status == 0, err
+    assert Image.open(paths[0]).mode == KINDS[mode]
+    assert np.array_equal(pixels(paths[0]), np.asarray(in_python(infdit, name)))
+
+
+def test_a_profile_goes_through_the_pipeline_and_that_of_inks_does_not(real):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    draw("rgb.png", icc_profile=profile)
+    draw("inks.jpg", mode="CMYK", icc_profile=profile[:16] + b"CMYK" + profile[20:])
+    status, paths, err = real("rgb.png", "inks.jpg")
+    assert status == 0 and err.count("colour profile was left out") == 1
+    assert [Image.open(path).info.get("icc_profile") for path in paths] == [profile, None]
+
+
+def test_a_record_makes_the_same_bits_again(real):
+    draw("cat.png", (18, 11))
+    assert real("cat.png", "--seed", "7", "--sampler", "ddim", "--scale", "3")[0] == 0
+    status, paths, err = real("--from", "upscaled/cat_x3.png.json", "--out", "again")
+    assert status == 0 and "the same pixels as recorded" in err, err
+    assert Path(paths[0]).read_bytes() == Path("upscaled/cat_x3.png").read_bytes()
+
+
+def test_bfloat16_enlarges_on_a_cpu(real):
+    draw("cat.png", (9, 7))
+    _, (wide,), _ = real("cat.png")
+    status, (narrow,), err = real("cat.png", "--dtype", "bfloat16", "--out", "narrow")
+    assert status == 0, err
+    assert record_of(narrow)["request"]["dtype"] == "bfloat16"
+    assert not np.array_equal(pixels(wide), pixels(narrow))
+
+
+def test_the_sampler_is_the_models_own_unless_another_is_asked_for(real, infdit):
+    draw("cat.png", (9, 7))
+    shutil.copytree(infdit[1], "ddim")
+    schedulers.EDMScheduler(sampler="ddim", eta=0.3).save_pretrained("ddim/scheduler")
+    assert real("cat.png", model="./ddim")[0] == 0
+    record = record_of("upscaled/cat_x4.png")
+    assert record["request"]["sampler"] == record["scheduler"]["config"]["sampler"] == "ddim"
+    assert real("cat.png", "--sampler", "heun", "--out", "heun", model="./ddim")[0] == 0
+    assert np.array_equal(pixels("heun/cat_x4.png"), np.asarray(in_python(infdit, "cat.png")))
+
+
+@pytest.mark.parametrize("what", ["cut weights", "other weights", "another scheduler"])
+def test_a_model_that_cannot_be_loaded_is_one_line(real, infdit, what):
+    draw("cat.png")
+    shutil.copytree(infdit[1], "broken")
+    weights = Path("broken/transformer/diffusion_pytorch_model.safetensors")
+    if what == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif what == "other weights":
+        config = json.loads(Path("broken/transformer/config.json").read_text())
+        Path("broken/transformer/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    else:
+        index = json.loads(Path("broken/model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        Path("broken/model_index.json").write_text(json.dumps(index))
+    status, paths, err = real("cat.png", model="broken")
+    assert (status, paths) == (1, []) and not Path("upscaled").exists()
+    assert err.startswith("linattn upscale: --model: cannot load ") and len(err.splitlines()) == 1
+
+
+def test_the_example_enlarges_as_the_pipeline_does(infdit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw("cat.png", (9, 7))
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "infdit_upscale.py"))["main"]
+    main(["cat.png", "--model", str(infdit[1]), "--scale", "3", "--steps", "3", "--seed", "2", "--out", "large.png"])
+    assert "wrote large.png, 27 x 21 pixels" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert np.array_equal(pixels("large.png"), np.asarray(in_python(infdit, "cat.png", scale=3, seed=2)))

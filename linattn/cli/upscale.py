@@ -9,7 +9,7 @@ Beside each result stands a JSON with everything that made it: all options resol
 model's files, versions, device, scheduler, times. Where it says that a result was made by the same settings from the
 same picture, that one is done: a list that was stopped goes on with the same command. A result of other settings, or a
 file of somebody else, is never written over without --overwrite. Each result is written whole or not at all.
-`--from FILE.json` makes the same result again, bit for bit on the same machine.
+`--from FILE.json` makes the same result again, bit for bit on the same machine by the same schedule.
 
 The paths of what was written go to stdout, everything else to stderr. The exit status is 0 when every result is there,
 1 when one is not (the others are; the reasons stand at the end), 2 for a mistake on the command line, 130 after Ctrl-C.
