@@ -8,7 +8,9 @@ whatever is done to them and do nothing. Tensors are made when the program has e
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,7 @@ def load(path: Path, entry: str) -> dict[str, Any]:
             root = pickles[0].removesuffix("data.pkl")
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError(f"{path} was written by a machine of another byte order")
-            with archive.open(pickles[0]) as file:
-                found = _Unpickler(file).load()
+            found = _run(archive.read(pickles[0]))
             if isinstance(found, dict) and isinstance(found.get(entry), dict):
                 found = found[entry]
             if not isinstance(found, dict):
@@ -123,6 +124,16 @@ def load(path: Path, entry: str) -> dict[str, Any]:
         raise
     except Exception as error:  # a program may fail in any way
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _run(program: bytes) -> Any:
+    """What a pickle describes, with `Inert` objects and `_Strided` in it."""
+    for opcode, _, _ in pickletools.genops(program):
+        if opcode.name.startswith(
+            "EXT"
+        ):  # an object that this process has registered, of which find_class may not hear
+            raise pickle.UnpicklingError(f"{opcode.name}, which torch.save does not write")
+    return _Unpickler(io.BytesIO(program)).load()
 
 
 def _tensor(value: Any, path: Path, archive: zipfile.ZipFile, root: str, storages: dict[str, Tensor]) -> Any:

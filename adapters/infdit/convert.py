@@ -291,6 +291,16 @@ def image_encoder_of(state: Mapping[str, Tensor], *, heads: int | None = None, d
     Raises:
         ValueError: missing or unknown keys, or shapes that do not fit; the message names them.
     """
+    from transformers import CLIPVisionModelWithProjection
+
+    config, weights = tower_of(state, heads)
+    model = CLIPVisionModelWithProjection(config)
+    model.load_state_dict(weights)
+    return model.to(dtype or weights["visual_projection.weight"].dtype).eval()
+
+
+def tower_of(state: Mapping[str, Tensor], heads: int | None = None):
+    """(config, state dict) of `image_encoder_of`."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     tower = {key.removeprefix(_TOWER): value for key, value in state.items() if key.startswith(_TOWER)}
@@ -302,11 +312,11 @@ def image_encoder_of(state: Mapping[str, Tensor], *, heads: int | None = None, d
         heads = width // _HEAD
     if heads < 1 or width % heads:
         raise ValueError(f"image_encoder_heads must divide the width of the image encoder, {width}, got {heads}")
-    layers = 1 + max(int(key.split(".")[2]) for key in tower if key.startswith("transformer.resblocks."))
+    layers = {match[1] for key in tower if (match := re.match(r"transformer\.resblocks\.(\d+)\.", key))}
     config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=tower["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        num_hidden_layers=layers,
+        num_hidden_layers=1 + max(int(layer) for layer in layers),
         num_attention_heads=heads,
         image_size=patch * math.isqrt(tower["positional_embedding"].shape[0] - 1),
         patch_size=patch,
@@ -314,8 +324,8 @@ def image_encoder_of(state: Mapping[str, Tensor], *, heads: int | None = None, d
         hidden_act="gelu",
         layer_norm_eps=1e-5,
     )
-    own: dict[str, Tensor] = {}
-    used: set[str] = set()
+    own = {"visual_projection.weight": tower["proj"].t()}
+    used = {"proj"}
 
     def take(key: str, *names: str) -> None:
         if key in tower:
@@ -324,14 +334,12 @@ def image_encoder_of(state: Mapping[str, Tensor], *, heads: int | None = None, d
 
     for key, name in _TOWER_SINGLE.items():
         take(key, name)
-    for layer in range(layers):
+    for layer in range(config.num_hidden_layers):
         theirs, ours = f"transformer.resblocks.{layer}", f"vision_model.encoder.layers.{layer}"
         for end in ("weight", "bias"):
             for key, name in _TOWER_LAYER.items():
                 take(f"{theirs}.{key}.{end}", f"{ours}.{name}.{end}")
             take(f"{theirs}.attn.in_proj_{end}", *(f"{ours}.self_attn.{x}_proj.{end}" for x in "qkv"))
-    used.add("proj")
-    own["visual_projection.weight"] = tower["proj"].t()
 
     with torch.device("meta"):
         wanted = {name: tuple(x.shape) for name, x in CLIPVisionModelWithProjection(config).state_dict().items()}
@@ -339,14 +347,14 @@ def image_encoder_of(state: Mapping[str, Tensor], *, heads: int | None = None, d
     problems = {
         "missing": sorted(set(wanted) - set(found)),
         "unknown": sorted(_TOWER + key for key in set(tower) - used),
-        "of another shape": sorted(f"{name} {found[name]}" for name in found if found[name] != wanted.get(name)),
+        "of another shape": sorted(
+            f"{name}: {shape} instead of {wanted[name]}" for name, shape in found.items() if shape != wanted[name]
+        ),
     }
     problems = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in problems.items() if names]
     if problems:
-        raise ValueError(f"the image encoder of the checkpoint does not fit: {'; '.join(problems)}")
-    model = CLIPVisionModelWithProjection(config)
-    model.load_state_dict(own)
-    return model.to(dtype or tower["conv1.weight"].dtype).eval()
+        raise ValueError(f"the image encoder of the checkpoint does not fit; keys {'; '.join(problems)}")
+    return config, own
 
 
 def _encoder_from(folder: Path, vector_dim: int, dtype: torch.dtype | None):
