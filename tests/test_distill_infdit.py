@@ -195,7 +195,9 @@ def test_offsets_are_uniform_and_one_for_a_batch():
     assert offsets.shape == (2000, 2) and offsets.min() >= 0 and offsets.max() <= 896
     for axis in offsets.T:
         assert scipy.stats.kstest(axis, scipy.stats.randint(0, 897).cdf).pvalue > UNLIKELY
-    assert abs(np.corrcoef(offsets.T)[0, 1]) < 0.1
+    sigmas = drawn(range(2000), shape=(3, 4, 4)).timesteps
+    for a, b in ((offsets[:, 0], offsets[:, 1]), (offsets[:, 0], sigmas), (offsets[:, 1], sigmas)):
+        assert scipy.stats.spearmanr(a, b).pvalue > UNLIKELY, "independent of each other and of the noise level"
     assert {drawn([n], max_offset=1).offset for n in range(40)} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
@@ -704,6 +706,7 @@ def test_the_model_itself_is_trained_and_no_second_copy_is_held(folders, tmp_pat
         (["student.adapter=a:B"], "student.adapter: expected null beside objective.kind: edm, got 'a:B'"),
         (["student.train=lora"], "student.train: expected 'full' beside objective.kind: edm, got 'lora'"),
         (["data.caption_drop=0.1"], "data.caption_drop: expected 0.0 beside objective.kind: edm"),
+        (["data.image_key=file"], "data.image_key: expected null beside objective.kind: edm, got 'file'"),
         (["data.resize=squash"], "data.resize: expected 'crop' beside objective.kind: edm, got 'squash'"),
         (["data.random_flip=true"], "data.random_flip: expected false beside objective.kind: edm, got true"),
         (["data.cache={latents: true}"], "data.cache.latents: expected false beside objective.kind: edm"),

@@ -312,7 +312,9 @@ class Recipe(Section):
     def conflicts(self):
         kind = self.objective.kind
         if kind == "edm":
-            without, why = NOT_BESIDE_EDM, "objective.kind: edm"
+            without, why = dict(NOT_BESIDE_EDM), "objective.kind: edm"
+            if self.data.kind == "images":
+                without["data.image_key"] = None  # of a table of captions, which is not read
         else:
             without, why = ONLY_BESIDE_EDM, f"objective.kind: {kind}"
             if self.student.adapter is None:
