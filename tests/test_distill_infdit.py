@@ -614,10 +614,7 @@ def test_gradient_checkpointing_changes_no_bit(folders, tmp_path):
 
 
 def train_sharded(folders, out, *overrides):
-    """One process of a run under FSDP, as `accelerate launch --use_fsdp` sets it up; only on a CPU it refuses to.
-
-    Not whole blocks: what the first one attends to in the low resolution is projected before its turn.
-    """
+    """One process of a run under FSDP, as `accelerate launch --use_fsdp` sets it up; only on a CPU it refuses to."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -626,7 +623,7 @@ def train_sharded(folders, out, *overrides):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["FeedForward"],
+        transformer_cls_names_to_wrap=["InfDiTBlock"],
         state_dict_type="SHARDED_STATE_DICT",
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)

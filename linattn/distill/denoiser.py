@@ -161,8 +161,9 @@ class InfDiTDenoiser(nn.Module):
         prediction = self.model(
             c_in * torch.cat([noisy, condition["lr_up"].to(noisy)], dim=1),
             c_noise,
-            condition["lr_image"],
-            condition.get("image_embeds"),
+            image_embeds=condition.get("image_embeds"),
+            # Not kept: so the first block projects it in its own forward, where FSDP has put its weights together.
+            lr_context=self.model.prepare_lr(condition["lr_image"], keep=False),
             position_offset=position_offset,
             return_dict=False,
         )[0]
