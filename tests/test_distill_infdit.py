@@ -206,6 +206,8 @@ def test_random_numbers_belong_to_the_sample_and_the_seed():
     for name in ("timesteps", "noise", "dropped", "lr_noise", "lr_up_noise"):
         assert torch.equal(getattr(batch, name)[1:2], getattr(alone, name)), name
     assert batch.offset == drawn([5], dropout=0.5).offset
+    own = np.random.Generator(np.random.Philox(key=[3, 5])).integers(0, 896, size=2, endpoint=True)
+    assert batch.offset != tuple(own), "of numbers that are not the noise level's as well"
     assert drawn([5], seed=4).offset != batch.offset and drawn([6]).offset != batch.offset
     assert not torch.equal(drawn([6], seed=4).noise, alone.noise)
     assert torch.equal(drawn([6], dropout=0.0).noise, alone.noise), "what is dropped does not move what is drawn"
@@ -742,6 +744,7 @@ def test_what_belongs_to_enlarging_is_refused_elsewhere():
         ("infdit", ["model.pipeline=linattn.adapters:CLEAR"], "InfDiTUpscalePipeline for .*, got 'CLEAR'"),
         ("infdit", ["model.pipeline=linattn.adapters:Inf"], "model.pipeline: linattn.adapters has no 'Inf'"),
         (None, ["model.image_encoder=null"], r"model\.image_encoder: expected the name .*vector_dim = 768"),
+        (None, ["model.image_encoder=CLIP"], r"model\.image_encoder: expected one with vectors of 768 .*, got 8"),
         (None, ["model.config={hidden_sise: 3}"], r"model\.config: .*hidden_sise"),
         (None, ["model.config={hidden_size: 3}"], r"model\.config: hidden_size must be"),
     ],
@@ -754,6 +757,7 @@ def test_what_does_not_fit_the_model_is_one_line_and_exit_status_one(
         given += ["model.config=null", f"model.pretrained={folders / start}"]
     else:
         given += ["model.config={num_layers: 1}"]
+    options = [option.replace("CLIP", str(folders / "clip")) for option in options]
     arguments = [part for option in (*given, *options) for part in ("--set", option)]
     assert main(["distill", "infdit", *arguments]) == 1
     told = capsys.readouterr().err

@@ -321,6 +321,11 @@ class InfDiT(Kind):
         """Whether the network wants the vector of a picture, and there is nobody to make it."""
         return bool(self.model.config.vector_dim) and self.pipeline.image_encoder is None
 
+    @property
+    def image_vector_dim(self) -> int:
+        """Of the vectors that the image encoder makes."""
+        return self.pipeline.image_encoder.config.projection_dim
+
     def encode_lr(self, lr_image: Tensor) -> dict[str, Tensor]:
         """A denoiser's condition from low resolution pictures (B, 3, h, w) in [-1, 1]."""
         condition = {"lr_image": lr_image, "lr_up": self.enlarge(lr_image)}

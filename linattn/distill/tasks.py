@@ -205,6 +205,11 @@ class UpscalingTask:
                 f"model.image_encoder: expected the name or folder of a CLIPVisionModelWithProjection (the network has "
                 f"vector_dim = {models.model.config.vector_dim}, and the pipeline no image_encoder), got null"
             )
+        elif models.model.config.vector_dim and models.image_vector_dim != models.model.config.vector_dim:
+            problems.append(
+                f"model.image_encoder: expected one with vectors of {models.model.config.vector_dim} numbers (the "
+                f"network's vector_dim), got {models.image_vector_dim}"
+            )
         if models.factor != FACTOR:
             problems.append(
                 f"model.{'pretrained' if self.recipe.model.config is None else 'config'}: expected sr_scale = {FACTOR} "
