@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 
 #: Modules of this folder that are commands of their own, not families.
-COMMANDS = {"__main__", "gpu", "tables"}
+COMMANDS = {"__main__", "gpu", "infdit_memory", "tables"}
 
 
 def families() -> dict:
