@@ -17,12 +17,14 @@
 
 #ifdef __CUDACC__
 #define LINATTN_DEVICE __device__ __forceinline__
+#define LINATTN_HOST_DEVICE __host__ __device__
 #define LINATTN_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define LINATTN_UNROLL _Pragma("unroll")
 // A planted fault, by name: the tests switch one on and demand that it is found. Never on in a real build.
 #define LINATTN_FAULT(name) false
 #else
 #define LINATTN_DEVICE inline __attribute__((always_inline))
+#define LINATTN_HOST_DEVICE
 #define LINATTN_KERNEL(threads, blocks_per_sm) void
 #define LINATTN_UNROLL
 #define LINATTN_FAULT(name) (::emulation::fault(name))
