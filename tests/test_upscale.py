@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from linattn import adapters, cli, schedulers
+from linattn import adapters, bundled, cli, schedulers
 from linattn.cli import _upscale_files as files
 from linattn.cli import _upscale_pictures as pictures
 from linattn.cli import _upscale_progress
@@ -157,6 +157,16 @@ def test_without_further_options_a_picture_is_four_times_as_large_in_a_folder_of
     assert Image.open(paths[0]).size == (24, 16)
     assert pipe.calls[0]["num_inference_steps"] == 20 and pipe.calls[0]["start"] == "lr"
     assert "1 written" in err and "Traceback" not in err
+
+
+def test_the_bundled_model_is_the_default(upscale, pipe, monkeypatch):
+    monkeypatch.setattr(bundled, "names", lambda: ["tiny_infdit"])
+    monkeypatch.setattr(bundled, "path", lambda name: Path("model"))
+    draw("cat.png")
+    assert cli.main(["upscale", "cat.png", "--device", "cpu"]) == 0
+    record = record_of("upscaled/cat_x4.png")
+    assert record["request"]["model"] == record["sources"]["model"]["name"] == "tiny_infdit"
+    assert record["sources"]["model"]["kind"] == "bundled" and pipe.loaded == 1
 
 
 @pytest.fixture
@@ -880,7 +890,7 @@ def test_a_bar_has_the_time_left_over_all_pictures(upscale, monkeypatch):
     status, paths, _ = upscale("a.png", "b.png", "--steps", "2")
     assert (status, len(paths)) == (0, 2)
     shown = terminal.getvalue()
-    assert "1/2 a.png" in shown and "2/2 b.png" in shown and "/3.84Mpx" in shown and "<" in shown
+    assert "1/2 a.png:  " in shown and "2/2 b.png" in shown and "/3.84Mpx" in shown and "<" in shown
     assert "in 0." not in shown, "no lines besides the bar"
 
 

@@ -36,7 +36,7 @@ class Progress:
             disable=True if quiet else None,
             file=sys.stderr,
             unit_scale=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}px [{elapsed}<{remaining}]",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}px [{elapsed}<{remaining}]",
         )
         self._began = self._last = time.monotonic()
 

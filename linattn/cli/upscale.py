@@ -3,7 +3,7 @@
 IMAGE is a picture, a folder of pictures (of png, jpg, jpeg, webp, bmp, tif and tiff), a pattern like 'photos/*.jpg', or
 @LIST, a text file with one of these a line (# for comments). DIR gets the results: of photos/cat.jpg it is
 DIR/cat_x4.png, and what lies in folders inside a folder that was given keeps them, DIR/a/cat_x4.png. The orientation of
-a camera is applied, a colour profile is kept; other metadata is not carried over.
+a camera is applied, a colour profile is kept; other metadata is not carried over, and results have 8 bits a channel.
 
 Beside each result stands a JSON with everything that made it: all options resolved, digests of the picture and of the
 model's files, versions, device, scheduler, times. Where it says that a result was made by the same settings from the
