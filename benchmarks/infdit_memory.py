@@ -123,8 +123,10 @@ def measured(point: Point, device: torch.device) -> int:
 
 
 def original(point: Point) -> int:
-    """Bytes that the authors' "full" holds at once in one layer, at least: keys, values, and keys with their embeddings,
-    four times each, and the hidden state."""
+    """Bytes that the authors' "full" holds at once in one layer, at least.
+
+    Keys, values, and keys with their embeddings, four times each, and the hidden state.
+    """
     tokens = (point.height // 4) * (point.width // 4)
     return (12 + 1) * tokens * point.width_of_model * 2
 

@@ -247,3 +247,23 @@ def test_limits_are_read_as_people_write_them():
     for wrong in ("much", "4 GiBs", "1.2.3G", 0, -5, True, float("inf"), [1]):
         with pytest.raises(ValueError, match="max_memory must be bytes"):
             streaming._bytes(wrong, cpu)
+
+
+def test_the_benchmark_measures_a_point_and_writes_its_table(monkeypatch, tmp_path):
+    import benchmarks.infdit_memory as benchmark
+    from benchmarks.harness import record
+    from benchmarks.readme import infdit_memory as table
+    from benchmarks.tables import Results
+
+    point = benchmark.Point(256, 512, 1, "layer_major", width_of_model=64)
+    hidden = 64 * 128 * 64 * 2
+    assert hidden < benchmark.planned(point) < benchmark.original(point)
+    assert benchmark.measured(point, torch.device("cpu")) >= 0, "a process keeps what it once had: no less than nothing"
+    monkeypatch.setattr(benchmark, "POINTS", [point])
+    monkeypatch.setattr(benchmark.runner, "RESULTS", tmp_path)
+    assert benchmark.main(["--only", "256 x 512", "--save", "--device", "cpu"]) == 0
+    (written,) = tmp_path.rglob("*.csv")
+    (row,) = record.read(written)
+    assert hidden / MIB < float(row["p50"]) < 400
+    text = table.render(Results({written.parent.name: [row]}))
+    assert f"| 256 x 512 | 1 x 64 | `layer_major` | {float(row['p50']):.0f} MiB |" in text

@@ -21,9 +21,9 @@ def render(results) -> str:
         return "No results are recorded yet: `python -m benchmarks.infdit_memory --save`."
     parts.append(
         "Peak of one call beyond weights and pictures, bfloat16, batch 1, strips of one row of blocks; measured: "
-        "growth of the process's resident memory, so with what libraries allocate inside; plan: the bound that schedules are "
-        "chosen by, without that. Original: keys, values, and keys with embeddings, four times each, and the hidden "
-        "state, by arithmetic. The peak of `full` and `layer_major` is the same for any number of layers."
+        "growth of the process's resident memory, so with what libraries allocate inside; plan: the bound that "
+        "schedules are chosen by, without that. Original: keys, values, and keys with embeddings, four times each, and "
+        "the hidden state, by arithmetic. The peak of `full` and `layer_major` is the same for any number of layers."
     )
     return "\n\n".join(parts)
 
