@@ -387,6 +387,14 @@ def test_takes_a_lora():
     assert torch.equal(model(*arguments).sample, before)
 
 
+def test_report_says_what_its_layers_run():
+    found = linattn.report(small())
+    assert [(x.name, x.runs, x.by, x.kind, x.heads, x.head_dim) for x in found.layers] == [
+        (f"transformer_blocks.{i}.attn", "block_causal_attention", "Inf-DiT", "self", 2, 16) for i in range(2)
+    ]
+    assert found.layers[0].options == {"block": 4, "edge": "clamp"}
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -101,6 +101,8 @@ class BlockCausalSelfAttention(nn.Module):
     shared, as in the authors' code.
     """
 
+    is_cross_attention = False
+
     def __init__(self, dim: int, heads: int, block: int):
         super().__init__()
         self.heads, self.block = heads, block
@@ -108,6 +110,17 @@ class BlockCausalSelfAttention(nn.Module):
         self.norm_qk = nn.LayerNorm(dim // heads, eps=EPS)
         self.slot_embed = nn.Parameter(torch.zeros(4, heads, dim // heads))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def attention_spec(self) -> dict:
+        """What `linattn.report` says of this layer."""
+        return {
+            "op": "block_causal_attention",
+            "adapter": "Inf-DiT",
+            "options": {"block": self.block, "edge": "clamp"},
+            "shown": ("block",),
+            "heads": self.heads,
+            "head_dim": self.slot_embed.shape[-1],
+        }
 
     def project(self, x: Tensor, positions: Positions) -> Iterator[Tensor]:
         """Queries, keys and values of some rows of tokens, (B, N, H, D) each, one after the other."""
