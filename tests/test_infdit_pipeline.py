@@ -328,6 +328,19 @@ def test_noise_is_drawn_on_the_cpu_in_float32(monkeypatch):
     assert {(noise.dtype, noise.device.type) for noise in drawn} == {(torch.float32, "cpu")}
 
 
+def test_noise_of_later_steps_is_the_generators_too(monkeypatch):
+    drawn = []
+    normal = pipeline._normal
+    monkeypatch.setattr(pipeline, "_normal", lambda *a: drawn.append(normal(*a)) or drawn[-1])
+    pipe = upscaler(sampler="ddim")
+    for seed in (1, 2, 1):
+        run(pipe, photograph(8, 4), num_inference_steps=3, seed=seed)
+    # Two rows of blocks, at the start and after two of the three steps.
+    first, second, again = drawn[:6], drawn[6:12], drawn[12:]
+    assert len({noise[0, 0, 0].item() for noise in first + second}) == 12
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
 def test_without_a_generator_the_global_one_is_drawn_from(pipe):
     torch.manual_seed(7)
     first = run(pipe, photograph(8, 8), generator=None)
