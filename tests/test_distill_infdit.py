@@ -377,6 +377,8 @@ def test_pairs_are_the_same_from_every_source_process_and_worker(sources):
     shares = [batches(settings(sources), count=2, rank=rank, world=2) for rank in range(2)]
     assert_same([shares[k % 2][k // 2] for k in range(3)], wanted)
     assert not torch.equal(batches(settings(sources), seed=2)[0]["image"], wanted[0]["image"])
+    epochs = torch.cat([batch["lr_image"] for batch in batches(settings(sources), count=3 * len(LARGE) // 2)])
+    assert len(epochs.unique(dim=0)) == 3 * len(LARGE), "a picture is degraded anew in every epoch"
     with pytest.raises(ValueError, match="0 <= rank < world"):
         batches(settings(sources), rank=2, world=2)
 
@@ -691,6 +693,8 @@ def test_the_model_itself_is_trained_and_no_second_copy_is_held(folders, tmp_pat
     assert isinstance(blank, WholeModel) and blank.model is not trainer.student.model
     assert blank.trainable().keys() == trainer.trainable.keys()
     assert not any(p.requires_grad for p in trainer.models.pipeline.image_encoder.parameters())
+    trainer.student.model.__class__ = type("Sharded", (InfDiTTransformer2DModel,), {})  # as fully_shard does it
+    assert type(trainer.student.blank().model) is InfDiTTransformer2DModel
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
