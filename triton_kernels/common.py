@@ -8,7 +8,7 @@ Rules every kernel here follows
 - No size is specialised on: one binary serves every length, and a size of 1 is not turned into a constant.
 """
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -282,3 +282,30 @@ def on_device(tensor: torch.Tensor):
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return None
+
+
+def launched_on_tensor_device(launcher):
+    """Triton launches on the current device; go to the device of the launcher's first tensor where that is another."""
+
+    @wraps(launcher)
+    def launch(*arguments):
+        device = on_device(arguments[0])
+        if device is None:
+            return launcher(*arguments)
+        with device:
+            return launcher(*arguments)
+
+    return launch
+
+
+def outer_strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
+    """Strides of (B, H, N) of a (B, H, N, D) tensor in units of `unit` elements."""
+    b, h, n, _ = tensor.stride()
+    return b // unit, h // unit, n // unit
+
+
+def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """The same scores with scale > 0, well inside float32, for a running maximum; the usual case costs nothing."""
+    if scale >= 1e-30:
+        return q, scale
+    return (-q, -scale) if scale <= -1e-30 else (q * 0.0, 1.0)
