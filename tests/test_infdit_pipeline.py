@@ -269,6 +269,28 @@ def test_every_schedule_gives_the_same_picture(sampler):
         assert relative_error(sample, full) < TOLERANCE, way
 
 
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "churn"])
+def test_strips_are_updated_as_the_scheduler_updates_the_whole(sampler, monkeypatch):
+    """One step after the other by `scheduler.step`, with the whole picture in memory."""
+    config = {"s_churn": 2.0} if sampler == "churn" else {"sampler": sampler, "eta": 0.5}
+    pipe, photo, drawn = upscaler(**config), photograph(8, 6), []
+    normal = pipeline._normal
+    monkeypatch.setattr(pipeline, "_normal", lambda *a: drawn.append(normal(*a)) or drawn[-1])
+    sample = run(pipe, photo, num_inference_steps=4, schedule="streaming")
+
+    noises = iter([torch.cat(pair, 1)[None] for pair in zip(drawn[::2], drawn[1::2], strict=True)])
+    views, scheduler, model = images.views(images.read(photo)[0].pixels, (32, 24), 16), pipe.scheduler, pipe.transformer
+    scheduler.set_timesteps(4)
+    x = views.lr_up + scheduler.init_noise_sigma * next(noises)
+    for call, t in zip(scheduler.calls, scheduler.timesteps, strict=True):
+        seen = scheduler.scale_model_input(torch.cat([x, views.lr_up], 1), t)
+        with torch.no_grad():
+            output = model(seen, t, views.lr).sample
+        x = scheduler.step(output, t, x, noise=next(noises) if call.noise else None).prev_sample
+    assert relative_error(sample, x[:, :, :32, :24]) < TOLERANCE
+    assert next(noises, None) is None
+
+
 def test_a_bound_on_memory_leads_to_the_schedule_that_fits(pipe, monkeypatch):
     plans = []
     plan = streaming.plan
@@ -367,7 +389,8 @@ def test_pictures_that_go_together_are_those_that_go_alone(sampler, shared):
 
 def test_lists_mix_sizes_and_kinds(pipe):
     one, two = photograph(8, 8), photograph(4, 12, seed=1)
-    mixed = run(pipe, [Image.fromarray(one), torch.from_numpy(two).permute(2, 0, 1)], generator=seeded(1, 2))
+    pictures = [Image.fromarray(one), torch.from_numpy(two).permute(2, 0, 1)]
+    mixed = run(pipe, pictures, generator=seeded(1, 2), batch_size=2)
     assert [tuple(x.shape) for x in mixed] == [(3, 32, 32), (3, 16, 48)]
     assert torch.equal(mixed[0], run(pipe, one, seed=1)[0])
     assert torch.equal(mixed[1], run(pipe, two, seed=2)[0])
@@ -406,8 +429,11 @@ def test_the_vector_is_that_of_the_low_resolution_without_its_padding(monkeypatc
 def test_each_picture_has_its_own_vector():
     pipe = upscaler(network(vector_dim=24), encoder())
     photos = [photograph(9, 8, seed=seed) for seed in range(2)]
-    together = run(pipe, photos, generator=seeded(1, 2), batch_size=2)
-    assert relative_error(together[1], run(pipe, photos[1], seed=2)[0]) < TOLERANCE
+    alone = run(pipe, photos[1], seed=2)
+    vectors = torch.cat([pipe.encode_image(images.read(photo)[0].pixels[None]) for photo in photos])
+    for options in ({"batch_size": 2}, {"image_embeds": vectors}, {"image_embeds": vectors, "batch_size": 2}):
+        both = run(pipe, photos, generator=seeded(1, 2), **options)
+        assert relative_error(both[1], alone[0]) < TOLERANCE
 
 
 # -------------------------------------------------------------------------------------------------- pictures in and out
