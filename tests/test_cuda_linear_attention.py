@@ -134,7 +134,7 @@ def assert_right(case: Case, results, what: str = "") -> None:
 
 
 def plain_formula(case: Case, given):
-    """The formula by ordinary torch operations in the precision of the inputs; the state, float32 by contract, in that."""
+    """The formula by ordinary torch operations in the precision of the inputs; the state in float32, which it is."""
 
     def phi(x):
         if case.feature_map == "elu1":
@@ -161,6 +161,11 @@ SCHEDULES = list(zip(range(6), itertools.cycle(["late", "eager", "mixed"]), stri
 CASES = [
     *(Case(N=n, M=n, D=64, E=64, H=2, dtype=d) for n in SIZES for d in DTYPES[1:]),
     *(Case(N=n, M=n, D=d, E=d) for d in (40, 80, 128, 160, 256) for n in (65, 150)),
+    *(Case(N=n, M=n, D=40, E=40, dtype=torch.float32) for n in SIZES),
+    *(Case(N=33, M=65, D=d, E=d, dtype=torch.float32) for d in (64, 80, 128, 160, 256)),
+    Case(N=33, M=600, D=40, E=40, dtype=torch.float32, multiprocessors=8),
+    Case(N=20, M=40, D=9, E=37, dtype=torch.float32),
+    *(Case(N=33, M=40, D=40, E=40, dtype=torch.float32, denoms=d, layout="odd") for d in (False, True)),
     Case(N=70, M=600, multiprocessors=8),  # splits
     Case(N=600, M=70, multiprocessors=1, D=40, E=40),  # several tiles per warp
     Case(N=33, M=90, D=24, E=72), Case(N=33, M=90, D=72, E=24), Case(N=20, M=40, D=8, E=200),
@@ -261,6 +266,15 @@ FAULTS = {
     "no barrier after the result": (LONG, "checker"),
     "no barrier before the refill": (Case(N=400, M=16, D=200, E=40, multiprocessors=1), "checker"),
     "a row past the last is stored": (Case(N=50, M=16, D=40, E=40), "checker"),
+    "float32: no barrier after phi": (Case(N=16, M=50, D=40, E=40, dtype=torch.float32), "checker"),
+    "float32: no barrier before the queries": (
+        Case(N=70, D=40, E=40, dtype=torch.float32, multiprocessors=1),
+        "checker",
+    ),
+    "float32: no barrier after the queries": (
+        Case(N=70, D=40, E=40, dtype=torch.float32, multiprocessors=1),
+        "checker",
+    ),
 }
 
 

@@ -18,61 +18,9 @@
 // Columns past the head dim are zero in shared memory. phi(0) = 1 there meets rows of kv that are zero (apply), or
 // fills rows of kv that are not stored (state); the same holds for rows of v past the last token.
 #pragma once
-#include "warp.h"
+#include "tile.cuh"
 
 namespace linattn::cuda {
-
-enum FeatureMap { kIdentity, kRelu, kElu1 };
-
-// A matrix of 16-bit rows for each head.
-struct HeadRows {
-  uint16_t* data;
-  int64_t stride_b, stride_h, stride_n;
-  bool aligned;  // every row begins at a multiple of 16 bytes
-
-  LINATTN_DEVICE uint16_t* row(int64_t b, int64_t h, int64_t n) const {
-    return data + b * stride_b + h * stride_h + n * stride_n;
-  }
-};
-
-// ---- tiles in shared memory: rows of WIDTH columns and 8 unused ones. An odd number of 16-byte chunks per row lays
-// the eight rows of a matrix into the eight groups of banks.
-template <int WIDTH>
-inline constexpr int kRowBytes = WIDTH * 2 + 16;
-
-template <int WIDTH>
-LINATTN_DEVICE unsigned char* chunk_of(unsigned char* tile, int row, int chunk) {
-  return tile + row * kRowBytes<WIDTH> + chunk * 16;
-}
-
-// Copies ROWS rows of `columns` columns, the first `live` of which exist, by THREADS threads; the rest becomes zero.
-// With `aligned` the copies are under way when this returns.
-template <int ROWS, int WIDTH, int THREADS>
-LINATTN_DEVICE void load_tile(unsigned char* tile, const uint16_t* rows, int64_t stride, bool aligned, int live,
-                              int columns, int thread) {
-  constexpr int kChunks = WIDTH / 8;
-  constexpr bool kWholeRows = THREADS % kChunks == 0;  // then a thread stays in its column, and addresses are cheap
-  LINATTN_UNROLL
-  for (int first = 0; first < ROWS * kChunks; first += THREADS) {
-    const int i = first + thread;
-    if (ROWS * kChunks % THREADS != 0 && i >= ROWS * kChunks) break;
-    const int row = kWholeRows ? first / kChunks + thread / kChunks : i / kChunks;
-    const int chunk = kWholeRows ? thread % kChunks : i % kChunks;
-    int count = row < live ? columns - chunk * 8 : 0;
-    count = count < 0 ? 0 : count > 8 ? 8 : count;
-    const uint16_t* source = rows + (count ? row * stride + chunk * 8 : 0);
-    unsigned char* target = chunk_of<WIDTH>(tile, row, chunk);
-    if (aligned) {
-      copy_async_16(target, source, count * 2);
-    } else {
-      Quad values{};
-      LINATTN_UNROLL
-      for (int c = 0; c < 8; ++c)
-        if (c < count) values.x[c / 2] |= static_cast<uint32_t>(source[c]) << (c % 2 * 16);
-      store_quad(target, values);
-    }
-  }
-}
 
 // phi of a pair of values, rounded to their type. Not a number stays that.
 template <class T>
@@ -88,25 +36,24 @@ LINATTN_DEVICE uint32_t phi_elu1(uint32_t pair) {
 template <class T>
 LINATTN_DEVICE void phi(uint32_t (&fragment)[4], int feature_map) {
   if (feature_map == kElu1) {
-    LINATTN_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = phi_elu1<T>(fragment[i]);
   } else if (feature_map == kRelu) {
-    LINATTN_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = phi_relu<T>(fragment[i]);
   }
 }
 
 // ---- state ----------------------------------------------------------------------------------------------------------
 
+template <class Element>
 struct StateParams {
-  HeadRows k, v, k_denom;  // k_denom.data null: absent
+  HeadRows<Element> k, v, k_denom;  // k_denom.data null: absent
   int64_t heads, tokens;
-  int64_t chunk;      // tokens per split
-  int splits, group;  // splits are added up in groups, then the groups
+  int64_t chunk;  // tokens per split
+  Splits splits;  // one sum for each head and run of value columns
   int D, E, feature_map;
   float *kv, *k_sum;
-  unsigned char* partials;  // [head][column run][split][register quad][thread], 16 bytes each
-  int* tickets;             // [head][column run][1 + groups], zero
 };
 
 // Tiles of D and E columns, which the head dims are padded to.
@@ -115,66 +62,19 @@ struct StateTile {
   static constexpr int kThreads = D / 16 * kWarp;
   static constexpr int kRows = D <= 80 ? 64 : 32;  // tokens per stage
   static constexpr int kStages = 3;
-  static constexpr int kKeyBytes = kRows * kRowBytes<D>;
-  static constexpr int kValueBytes = kRows * kRowBytes<E>;
+  static constexpr int kKeyBytes = kRows * kRowBytes<uint16_t, D>;
+  static constexpr int kValueBytes = kRows * kRowBytes<uint16_t, E>;
   static constexpr int kQuads = E / 8 + 1;  // of accumulators per thread: kv, then k_sum
   static constexpr int kHeadBytes = 16;     // in shared memory, before the stages
   LINATTN_HOST_DEVICE static constexpr int stage_bytes(bool denom) { return kKeyBytes * (denom ? 2 : 1) + kValueBytes; }
   LINATTN_HOST_DEVICE static constexpr int shared_bytes(bool denom) {
     return kHeadBytes + kStages * stage_bytes(denom);
   }
-  static constexpr int64_t kPartialBytes = static_cast<int64_t>(kQuads) * kThreads * 16;
 };
-
-// Whether this block is the last of `count` to come to `ticket`. What the others wrote before they came is then visible
-// to every thread of it: the barrier orders a block's writes before its thread 0, the ticket thread 0 before the last
-// block's, the second barrier that one before its block.
-LINATTN_DEVICE bool is_last_block(int* ticket, int count, int* shared_flag) {
-  if (!LINATTN_FAULT("no barrier before the ticket")) barrier_block();
-  if (thread_index() == 0) {
-    int before =
-        LINATTN_FAULT("relaxed ticket") ? atomic_add_relaxed(ticket, 1) : atomic_add_acquire_release(ticket, 1);
-    *shared_flag = before == count - 1;
-  }
-  if (!LINATTN_FAULT("no barrier after the ticket")) barrier_block();
-  return *shared_flag != 0;
-}
-
-template <int QUADS>
-LINATTN_DEVICE void store_partial(unsigned char* slot, int threads, const float (&sums)[QUADS][4]) {
-  LINATTN_UNROLL
-  for (int i = 0; i < QUADS; ++i) {
-    const float (&s)[4] = sums[i];
-    store_quad(slot + (static_cast<int64_t>(i) * threads + thread_index()) * 16,
-               {{float_bits(s[0]), float_bits(s[1]), float_bits(s[2]), float_bits(s[3])}});
-  }
-}
-
-// sums = slot 0 + slot 1 + ..., in this order. A few blocks do this while the rest of the device is idle, so it is
-// latency that counts: eight slots are read at once.
-template <int QUADS>
-LINATTN_DEVICE void add_partials(const unsigned char* slots, int64_t slot_bytes, int count, int threads,
-                                 float (&sums)[QUADS][4]) {
-  constexpr int kAtOnce = 8;
-  slots += thread_index() * 16;
-  LINATTN_UNROLL
-  for (int i = 0; i < QUADS; ++i) {
-    sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
-    for (int first = 0; first < count; first += kAtOnce) {
-      Quad parts[kAtOnce];
-      LINATTN_UNROLL
-      for (int j = 0; j < kAtOnce; ++j)
-        parts[j] = first + j < count ? load_quad(slots + (first + j) * slot_bytes + i * threads * 16) : Quad{};
-      LINATTN_UNROLL
-      for (int j = 0; j < kAtOnce; ++j) LINATTN_UNROLL
-      for (int c = 0; c < 4; ++c) sums[i][c] += float_from_bits(parts[j].x[c]);
-    }
-  }
-}
 
 template <class T, int D_TILE, int E_TILE>
 LINATTN_KERNEL((StateTile<D_TILE, E_TILE>::kThreads), 1)
-state_kernel(StateParams p) {
+state_kernel(StateParams<uint16_t> p) {
   using Tile = StateTile<D_TILE, E_TILE>;
   constexpr uint32_t kOne = is_bfloat16<T> ? 0x3f80 : 0x3c00;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
@@ -204,10 +104,9 @@ state_kernel(StateParams p) {
 
   // [0 .. E_TILE / 8): kv of this warp's 16 rows, 8 columns each; then k_sum, the same in all 8 columns.
   float sums[Tile::kQuads][4];
-  LINATTN_UNROLL
+#pragma unroll
   for (int i = 0; i < Tile::kQuads; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
-
-  LINATTN_UNROLL
+#pragma unroll
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     if (step < steps) load_stage(step);
     copy_async_commit();
@@ -229,27 +128,28 @@ state_kernel(StateParams p) {
     unsigned char* denom_keys = values + Tile::kValueBytes;
     const int64_t rest = end - begin - static_cast<int64_t>(step) * Tile::kRows;
     const int live = rest < Tile::kRows ? static_cast<int>(rest) : Tile::kRows;
-    LINATTN_UNROLL
+#pragma unroll
     for (int token = 0; token < Tile::kRows; token += 16) {
       // phi(k)^T: rows of the tile are the product's columns, hence the transposed load. Its four matrices lie, in
       // tokens and columns of k, at (0, 0), (0, 8), (8, 0) and (8, 8).
       const int row = token + (lane >> 4) * 8 + (lane & 7), chunk = warp * 2 + (lane >> 3 & 1);
       uint32_t left[4];
-      load_matrices_transposed(left, chunk_of<D_TILE>(keys, row, chunk));
+      load_matrices_transposed(left, chunk_of<uint16_t, D_TILE>(keys, row, chunk));
       phi<T>(left, p.feature_map);
       if (LINATTN_FAULT("state swaps fragment registers")) {
         const uint32_t other = left[1];
         left[1] = left[2], left[2] = other;
       }
-      LINATTN_UNROLL
+#pragma unroll
       for (int column = 0; column < E_TILE; column += 16) {
         uint32_t right[4];
-        load_matrices_transposed(right, chunk_of<E_TILE>(values, token + (lane & 15), column / 8 + (lane >> 4)));
+        load_matrices_transposed(right,
+                                 chunk_of<uint16_t, E_TILE>(values, token + (lane & 15), column / 8 + (lane >> 4)));
         multiply_add<T>(sums[column / 8], left, right[0], right[1]);
         multiply_add<T>(sums[column / 8 + 1], left, right[2], right[3]);
       }
       if (denom) {
-        load_matrices_transposed(left, chunk_of<D_TILE>(denom_keys, row, chunk));
+        load_matrices_transposed(left, chunk_of<uint16_t, D_TILE>(denom_keys, row, chunk));
         phi<T>(left, p.feature_map);
       }
       // Ones where there is a token: phi of the rows past the last one is not 0.
@@ -261,44 +161,33 @@ state_kernel(StateParams p) {
     }
   }
 
-  if (p.splits > 1) {
-    // Two levels, so that no block reads more than about 2 sqrt(splits) partial states.
-    const int64_t tile = head * ((p.E + E_TILE - 1) / E_TILE) + block_z();
-    const int groups = (p.splits + p.group - 1) / p.group, group = split / p.group, first = group * p.group;
-    const int members = p.splits - first < p.group ? p.splits - first : p.group;
-    unsigned char* slots = p.partials + tile * p.splits * Tile::kPartialBytes;
-    int* tickets = p.tickets + tile * (1 + groups);
-    store_partial(slots + split * Tile::kPartialBytes, Tile::kThreads, sums);
-    if (!is_last_block(tickets + 1 + group, members, flag)) return;
-    add_partials(slots + first * Tile::kPartialBytes, Tile::kPartialBytes,
-                 members - (LINATTN_FAULT("one split is left out") ? 1 : 0), Tile::kThreads, sums);
-    if (groups > 1) {
-      store_partial(slots + first * Tile::kPartialBytes, Tile::kThreads, sums);
-      if (!is_last_block(tickets, groups, flag)) return;
-      add_partials(slots, p.group * Tile::kPartialBytes, groups, Tile::kThreads, sums);
-    }
+  if (p.splits.count > 1) {
+    const int64_t index = head * ((p.E + E_TILE - 1) / E_TILE) + block_z();
+    if (!reduce_splits<Tile::kThreads>(p.splits, index, split, sums, flag)) return;
   }
 
   const int limit = p.D + (LINATTN_FAULT("kv is stored past its last row") ? 1 : 0);
-  LINATTN_UNROLL
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int d = warp * 16 + half * 8 + lane / 4;
     if (d >= limit) continue;
     float* kv_row = p.kv + (head * p.D + d) * p.E + first_column;
-    LINATTN_UNROLL
-    for (int i = 0; i < E_TILE / 8; ++i) LINATTN_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      const int e = i * 8 + lane % 4 * 2 + c;
-      if (e < columns) kv_row[e] = sums[i][half * 2 + c];
-    }
+#pragma unroll
+    for (int i = 0; i < E_TILE / 8; ++i)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int e = i * 8 + lane % 4 * 2 + c;
+        if (e < columns) kv_row[e] = sums[i][half * 2 + c];
+      }
     if (lane % 4 == 0 && first_column == 0) p.k_sum[head * p.D + d] = sums[Tile::kQuads - 1][half * 2];
   }
 }
 
 // ---- apply ----------------------------------------------------------------------------------------------------------
 
+template <class Element>
 struct ApplyParams {
-  HeadRows q, q_denom, out;  // q_denom.data null: absent
+  HeadRows<Element> q, q_denom, out;  // q_denom.data null: absent
   const float *kv, *k_sum;
   int64_t heads, tokens;
   int64_t chunk;  // tokens per block
@@ -312,8 +201,8 @@ struct ApplyTile {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kRows = 16;  // tokens that a warp takes at a time
   static constexpr int kStages = 2;
-  static constexpr int kQueryBytes = kRows * kRowBytes<D>;
-  static constexpr int kStateBytes = D * kRowBytes<E>;
+  static constexpr int kQueryBytes = kRows * kRowBytes<uint16_t, D>;
+  static constexpr int kStateBytes = D * kRowBytes<uint16_t, E>;
   static constexpr int kMeanBytes = D * 4;
   static constexpr int kPeakBytes = kWarps * 4;
   // Columns whose accumulators are in registers at a time.
@@ -336,7 +225,7 @@ LINATTN_DEVICE float fit_of(float peak) {
 
 template <class T, int D_TILE, int E_TILE>
 LINATTN_KERNEL((ApplyTile<D_TILE, E_TILE>::kThreads), 1)
-apply_kernel(ApplyParams p) {
+apply_kernel(ApplyParams<uint16_t> p) {
   using Tile = ApplyTile<D_TILE, E_TILE>;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, t = lane % 4;
   const int64_t head = block_x(), b = head / p.heads, h = head % p.heads;
@@ -371,7 +260,7 @@ apply_kernel(ApplyParams p) {
     const float size = x < 0 ? -x : x;
     peak = size > peak ? size : peak;
   }
-  LINATTN_UNROLL
+#pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     const float other = shuffle_xor(peak, lanes);
     peak = other > peak ? other : peak;
@@ -380,7 +269,7 @@ apply_kernel(ApplyParams p) {
   for (int d = thread_index(); d < D_TILE; d += Tile::kThreads)
     mean[d] = d < p.D && p.normalize ? p.k_sum[head * p.D + d] * p.inv_count : 0.f;
   if (!LINATTN_FAULT("no barrier after the peaks")) barrier_block();
-  LINATTN_UNROLL
+#pragma unroll
   for (int w = 0; w < Tile::kWarps; ++w) peak = peaks[w] > peak ? peaks[w] : peak;
   const float fit = fit_of(peak);
   for (int i = thread_index(); i < D_TILE * E_TILE / 2; i += Tile::kThreads) {
@@ -388,7 +277,7 @@ apply_kernel(ApplyParams p) {
     const float* at = kv + static_cast<int64_t>(d) * p.E + e;
     const float low = d < p.D && e < columns ? at[0] * fit : 0.f;
     const float high = d < p.D && e + 1 < columns ? at[1] * fit : 0.f;
-    *reinterpret_cast<uint32_t*>(state + d * kRowBytes<E_TILE> + e * 2) = pack<T>(low, high);
+    *reinterpret_cast<uint32_t*>(state + d * kRowBytes<uint16_t, E_TILE> + e * 2) = pack<T>(low, high);
   }
   if (!LINATTN_FAULT("no barrier after the state")) barrier_block();
   const float factor = p.scale * (1 / fit);
@@ -407,9 +296,9 @@ apply_kernel(ApplyParams p) {
     const int live = end - token < Tile::kRows ? static_cast<int>(end - token) : Tile::kRows;
 
     uint32_t left[D_TILE / 16][4];
-    LINATTN_UNROLL
+#pragma unroll
     for (int k = 0; k < D_TILE / 16; ++k) {
-      load_matrices(left[k], chunk_of<D_TILE>(queries, lane & 15, k * 2 + (lane >> 4)));
+      load_matrices(left[k], chunk_of<uint16_t, D_TILE>(queries, lane & 15, k * 2 + (lane >> 4)));
       phi<T>(left[k], p.feature_map);
     }
 
@@ -417,20 +306,20 @@ apply_kernel(ApplyParams p) {
     float factors[2] = {factor, factor};
     if (p.normalize) {
       float z[2] = {0, 0};
-      LINATTN_UNROLL
+#pragma unroll
       for (int k = 0; k < D_TILE / 16; ++k) {
         uint32_t keys[4] = {left[k][0], left[k][1], left[k][2], left[k][3]};
         if (denom) {
-          load_matrices(keys, chunk_of<D_TILE>(queries + Tile::kQueryBytes, lane & 15, k * 2 + (lane >> 4)));
+          load_matrices(keys, chunk_of<uint16_t, D_TILE>(queries + Tile::kQueryBytes, lane & 15, k * 2 + (lane >> 4)));
           phi<T>(keys, p.feature_map);
         }
-        LINATTN_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* m = mean + k * 16 + i / 2 * 8 + t * 2;
           z[i % 2] += low_half<T>(keys[i]) * m[0] + high_half<T>(keys[i]) * m[1];
         }
       }
-      LINATTN_UNROLL
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
         z[half] += shuffle_xor(z[half], 1);
         if (!LINATTN_FAULT("half of a row's denominator")) z[half] += shuffle_xor(z[half], 2);
@@ -439,25 +328,27 @@ apply_kernel(ApplyParams p) {
     }
     // All lanes have read their rows: the tile's memory takes the result, so that it leaves in rows of 16 bytes.
     if (!LINATTN_FAULT("no barrier before the result")) barrier_warp();
-    LINATTN_UNROLL
+#pragma unroll
     for (int run = 0; run < E_TILE; run += Tile::kColumns) {
       float sums[Tile::kColumns / 8][4];
-      LINATTN_UNROLL
+#pragma unroll
       for (int i = 0; i < Tile::kColumns / 8; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
-      LINATTN_UNROLL
-      for (int k = 0; k < D_TILE / 16; ++k) LINATTN_UNROLL
-      for (int column = 0; column < Tile::kColumns; column += 16) {
-        uint32_t right[4];
-        load_matrices_transposed(right,
-                                 chunk_of<E_TILE>(state, k * 16 + (lane & 15), (run + column) / 8 + (lane >> 4)));
-        multiply_add<T>(sums[column / 8], left[k], right[0], right[1]);
-        multiply_add<T>(sums[column / 8 + 1], left[k], right[2], right[3]);
-      }
-      LINATTN_UNROLL
-      for (int i = 0; i < Tile::kColumns / 8; ++i) LINATTN_UNROLL
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<uint32_t*>(chunk_of<D_TILE>(queries, lane / 4 + half * 8, run / 8 + i) + t * 4) =
-            pack<T>(sums[i][half * 2] * factors[half], sums[i][half * 2 + 1] * factors[half]);
+#pragma unroll
+      for (int k = 0; k < D_TILE / 16; ++k)
+#pragma unroll
+        for (int column = 0; column < Tile::kColumns; column += 16) {
+          uint32_t right[4];
+          load_matrices_transposed(
+              right, chunk_of<uint16_t, E_TILE>(state, k * 16 + (lane & 15), (run + column) / 8 + (lane >> 4)));
+          multiply_add<T>(sums[column / 8], left[k], right[0], right[1]);
+          multiply_add<T>(sums[column / 8 + 1], left[k], right[2], right[3]);
+        }
+#pragma unroll
+      for (int i = 0; i < Tile::kColumns / 8; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(chunk_of<uint16_t, D_TILE>(queries, lane / 4 + half * 8, run / 8 + i) + t * 4) =
+              pack<T>(sums[i][half * 2] * factors[half], sums[i][half * 2 + 1] * factors[half]);
     }
     if (!LINATTN_FAULT("no barrier after the result")) barrier_warp();
     uint16_t* rows = p.out.row(b, h, token) + first_column;
@@ -465,7 +356,7 @@ apply_kernel(ApplyParams p) {
     for (int i = lane; i < Tile::kRows * (E_TILE / 8); i += kWarp) {
       const int row = i / (E_TILE / 8), chunk = i % (E_TILE / 8), count = columns - chunk * 8;
       if (row >= limit || count <= 0) continue;
-      const unsigned char* from = chunk_of<D_TILE>(queries, row, chunk);
+      const unsigned char* from = chunk_of<uint16_t, D_TILE>(queries, row, chunk);
       uint16_t* to = rows + row * p.out.stride_n + chunk * 8;
       if (p.out.aligned && count >= 8) {
         store_quad(to, load_quad(from));

@@ -19,14 +19,12 @@
 #define LINATTN_DEVICE __device__ __forceinline__
 #define LINATTN_HOST_DEVICE __host__ __device__
 #define LINATTN_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
-#define LINATTN_UNROLL _Pragma("unroll")
 // A planted fault, by name: the tests switch one on and demand that it is found. Never on in a real build.
 #define LINATTN_FAULT(name) false
 #else
 #define LINATTN_DEVICE inline __attribute__((always_inline))
 #define LINATTN_HOST_DEVICE
 #define LINATTN_KERNEL(threads, blocks_per_sm) void
-#define LINATTN_UNROLL
 #define LINATTN_FAULT(name) (::emulation::fault(name))
 #endif
 
@@ -186,6 +184,8 @@ LINATTN_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// e^x within 1 unit in the last place.
+LINATTN_DEVICE float exp_precise(float x) { return expf(x); }
 
 // ---- launches, from the host
 using Stream = cudaStream_t;
@@ -276,6 +276,7 @@ LINATTN_DEVICE float high_half(uint32_t bits) {
 LINATTN_DEVICE uint32_t float_bits(float x) { return emulation::float_bits(x); }
 LINATTN_DEVICE float float_from_bits(uint32_t bits) { return emulation::float_from_bits(bits); }
 LINATTN_DEVICE float exp2_fast(float x) { return emulation::exp2_fast(x); }
+LINATTN_DEVICE float exp_precise(float x) { return emulation::exp_precise(x); }
 
 using Stream = void*;
 struct Grid {

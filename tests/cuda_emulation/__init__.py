@@ -36,7 +36,7 @@ COMPILER = shutil.which("g++")
 # The kernels reinterpret bytes, as CUDA code does. Registers that nothing was written to hold a pattern, not 0.
 FLAGS = [
     "-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
-    f"-I{HERE}", f"-I{KERNELS}",
+    "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{KERNELS}",
 ]  # fmt: skip
 INSTRUMENT = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-ftrivial-auto-var-init=pattern"]
 

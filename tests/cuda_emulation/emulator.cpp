@@ -739,6 +739,7 @@ float exp2_fast(float x) {
   float y = std::exp2(x);
   return y < 0x1p-126f ? 0.f : y;
 }
+float exp_precise(float x) { return std::exp(x); }
 float to_float(uint16_t bits, bool bfloat16) {
   return bfloat16 ? float_from_bits(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
 }

@@ -51,6 +51,7 @@ inline uint32_t float_bits(float x) {
   return bits;
 }
 float exp2_fast(float x);
+float exp_precise(float x);
 float to_float(uint16_t bits, bool bfloat16);
 uint16_t from_float(float x, bool bfloat16);  // to nearest, ties to even
 
