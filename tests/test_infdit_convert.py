@@ -431,7 +431,10 @@ FILES = {
     "short storage": (damaged(short), "is damaged: storage .* holds"),
     "beyond its storage": (damaged(far), "is damaged: .*out of bounds"),
     "no pickle": (damaged(lambda name, c: None if name.endswith("data.pkl") else c), "has 0 data.pkl"),
-    "broken pickle": (damaged(lambda name, c: c[:50] if name.endswith("data.pkl") else c), "is damaged|exhausted"),
+    "broken pickle": (
+        damaged(lambda name, c: c[:50] if name.endswith("data.pkl") else c),
+        r"x\.pt is damaged: UnpicklingError",
+    ),
     "compressed": (damaged(lambda _, c: c, compression=zipfile.ZIP_DEFLATED), "is compressed"),
     "big-endian": (damaged(lambda name, c: b"big" if name.endswith("byteorder") else c), "another byte order"),
     "a list": (named([1, 2]), r"holds \[1, 2\], expected a dict of tensors"),

@@ -111,7 +111,10 @@ def load(path: Path, entry: str) -> dict[str, Any]:
             root = pickles[0].removesuffix("data.pkl")
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError(f"{path} was written by a machine of another byte order")
-            found = _run(archive.read(pickles[0]))
+            try:
+                found = _run(archive.read(pickles[0]))
+            except ValueError as error:  # opcodes that are none
+                raise pickle.UnpicklingError(str(error)) from error
             if isinstance(found, dict) and isinstance(found.get(entry), dict):
                 found = found[entry]
             if not isinstance(found, dict):
@@ -129,9 +132,8 @@ def load(path: Path, entry: str) -> dict[str, Any]:
 def _run(program: bytes) -> Any:
     """What a pickle describes, with `Inert` objects and `_Strided` in it."""
     for opcode, _, _ in pickletools.genops(program):
-        if opcode.name.startswith(
-            "EXT"
-        ):  # an object that this process has registered, of which find_class may not hear
+        # Objects that this process has registered under a number, of which find_class need not hear.
+        if opcode.name.startswith("EXT"):
             raise pickle.UnpicklingError(f"{opcode.name}, which torch.save does not write")
     return _Unpickler(io.BytesIO(program)).load()
 
