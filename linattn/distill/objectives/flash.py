@@ -330,7 +330,7 @@ def boundary(timesteps: Tensor, *, scaling: float = 10.0, sigma_data: float = 0.
 
         c_skip = s^2 / ((scaling t)^2 + s^2),     c_out = scaling t / sqrt((scaling t)^2 + s^2)
 
-    The sample itself at t = 0; x_0 from t = 31 on, the lowest of a grid of 32 steps, within 3e-6. LCMScheduler, which
+    The sample itself at t = 0; x_0 from t = 30 on, the lowest of a grid of 32 steps, within 3e-6. LCMScheduler, which
     samples the student, does the same.
 
     Source: Luo et al. 2023, Latent Consistency Models (arXiv 2310.04378), and diffusers' LCMScheduler.
