@@ -127,8 +127,6 @@ def left_out(provider: str, case: Case, device: torch.device, level: str) -> str
             return "flex_attention has no backward on a CPU"
         if level == "smoke":
             return "it compiles for longer than everything else takes"
-        if device.type == "cpu" and case.N > 128**2 and level != "full":
-            return "one call takes more than 10 s: --full"
     return None
 
 
