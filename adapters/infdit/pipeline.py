@@ -180,6 +180,7 @@ class InfDiTUpscalePipeline(DiffusionPipeline):
         out = results if output_type == "pil" else images.stacked(results)
         return ImagePipelineOutput(images=out) if return_dict else (out,)
 
+    @torch.no_grad()
     def encode_image(self, lr: Tensor) -> Tensor:
         """The vector (n, vector_dim) of pictures (n, 3, h, w) in [-1, 1], of length 1, in float32."""
         encoder = self.image_encoder
