@@ -58,7 +58,7 @@ class Recipe:
     """Everything that decides what comes out. The defaults made the bundled model; SMOKE only shows that it runs."""
 
     seed: int = 0
-    steps: int = 4500
+    steps: int = 2400
     batch: int = 8
     crop: int = 64  # pixels along the side of a training patch
     width: int = 96
