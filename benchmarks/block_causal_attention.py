@@ -311,11 +311,11 @@ def figure(rows: list[dict[str, str]], path: Path) -> None:
                     label = f"{words[column]}, {mode}"
                     axis.scatter(x, y, color=colour, marker=marker, s=34, alpha=0.85, label=label)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="tokens N", title=dtype, ylim=(0, None))
+        axis.set(xlabel="tokens N", title=dtype)
         axis.set_xscale("log", base=2)
         axis.grid(True, which="major", linewidth=0.3)
         axis.legend(fontsize=7, loc="best")
-    axes[0][0].set_ylabel("times faster")
+    axes[0][0].set(ylabel="times faster", ylim=(0, None))
     figures.write(panels, path, "", rows[0])
 
 
