@@ -3,6 +3,8 @@
 import collections
 import functools
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -842,6 +844,29 @@ def test_each_sample_and_each_condition_is_dropped_for_itself():
     together = flash.with_dropped(condition, absent, dict.fromkeys(condition, 0.2), uniform["text"])
     assert all((value.flatten(1)[:, 0] < 0).tolist() == [True, True, False, False] for value in together.values())
     assert torch.equal(condition["text"], torch.ones(4, 3, 2))
+
+
+def test_training_step_of_the_page_runs_and_trains_the_student_alone():
+    page = Path(__file__).resolve().parents[1] / "docs" / "flash.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    weight, others = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
+    text, uniform = torch.randn(4, 3, 5), torch.tensor([0.4])
+
+    def denoiser(noisy, timesteps, condition):
+        return torch.tanh(others * noisy + rows(condition["encoder_hidden_states"].mean((1, 2)), noisy))
+
+    given = dict(flash=flash, NoiseProcess=NoiseProcess, teacher_of=teacher_of, denoiser=denoiser)
+    given |= dict(pipe=SimpleNamespace(scheduler=STABLE_DIFFUSION), WEIGHTS=[0.25] * 4, step=6000, uniform=uniform)
+    given |= dict(latents=torch.randn(4, 2, 3, 3), noise=torch.randn(4, 2, 3, 3), noise2=torch.randn(4, 2, 3, 3))
+    given |= dict(
+        uniform_rows=torch.rand(4), uniform_guidance=uniform, uniform2=torch.rand(4), logits_of_student=weight
+    )
+    given |= dict(condition={"encoder_hidden_states": text}, empty_prompt=torch.zeros(1, 3, 5))
+    given |= dict(student=lambda x, t, c: weight * denoiser(x, t, c).detach(), fake=lambda x, t: 0.5 * x)
+    exec(code, given)
+    assert given["phase"].dmd == 0.3 and given["index"].tolist() == [8]
+    given["loss"].backward()
+    assert weight.grad.abs() > 0 and others.grad is None
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
