@@ -170,6 +170,7 @@ TINY = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "block_siz
         (torch.float32, 2, 512, 1024, {"num_layers": 2}),
         (torch.float32, 1, 128, 128, {"num_layers": 1}),
         (torch.bfloat16, 1, 256, 192, TINY),
+        (torch.float32, 1, 256, 32, TINY | {"hidden_size": 32, "num_attention_heads": 2, "block_size": 4}),
         (torch.float32, 1, 96, 192, TINY),
     ],
 )
@@ -239,14 +240,14 @@ def test_plan_takes_the_longest_strips_that_fit():
 
 def test_limits_are_read_as_people_write_them():
     cpu = torch.device("cpu")
-    assert streaming._bytes("1.5 GiB", cpu) == 1.5 * 2**30
-    assert streaming._bytes("512MB", cpu) == streaming._bytes("512m", cpu) == 512 * MIB
-    assert streaming._bytes(1e9, cpu) == streaming._bytes("1000000000", cpu) == 10**9
-    assert streaming._bytes(None, cpu) is None
-    assert 0 < streaming._bytes("auto", cpu) <= streaming.free_bytes("cpu")
+    assert streaming.memory_limit("1.5 GiB", cpu) == 1.5 * 2**30
+    assert streaming.memory_limit("512MB", cpu) == streaming.memory_limit("512m", cpu) == 512 * MIB
+    assert streaming.memory_limit(1e9, cpu) == streaming.memory_limit("1000000000", cpu) == 10**9
+    assert streaming.memory_limit(None, cpu) is None
+    assert 0 < streaming.memory_limit("auto", cpu) <= streaming.free_bytes("cpu")
     for wrong in ("much", "4 GiBs", "1.2.3G", 0, -5, True, float("inf"), [1]):
         with pytest.raises(ValueError, match="max_memory must be bytes"):
-            streaming._bytes(wrong, cpu)
+            streaming.memory_limit(wrong, cpu)
 
 
 def test_the_benchmark_measures_a_point_and_writes_its_table(monkeypatch, tmp_path):

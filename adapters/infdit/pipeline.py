@@ -216,7 +216,7 @@ class InfDiTUpscalePipeline(DiffusionPipeline):
         pictures = 3 if any(call.keep for call in self.scheduler.calls) else 2
         # In float32; and the low resolution twice, as it came and in the network's type.
         held = batch * 3 * height * width * 4 * (pictures + 2 / self.transformer.config.sr_scale**2)
-        budget = streaming._bytes(max_memory, self._execution_device) - int(held)
+        budget = streaming.memory_limit(max_memory, self._execution_device) - int(held)
         try:
             # A bound of 1 fits nothing, and says what would.
             return streaming.plan(self.transformer, batch, height, width, max(budget, 1), schedule=schedule)

@@ -90,7 +90,7 @@ def plan(
     Raises:
         ValueError: nothing fits; the message says what the smallest needs. A size or limit that is none.
     """
-    budget = _bytes(max_memory, model.device)
+    budget = memory_limit(max_memory, model.device)
     names = SCHEDULES if schedule is None else (resolve(schedule).schedule,)
     blocks = height // model.block_pixels
     smallest = None
@@ -102,9 +102,14 @@ def plan(
                     return Plan(name, rows, keep, need)
                 smallest = need if smallest is None else min(smallest, need)
     raise ValueError(
-        f"max_memory: expected at least {smallest / 2**20:,.0f} MiB for {batch} x {height} x {width} pixels"
-        f"{'' if schedule is None else f' with schedule {schedule!r}'}, got {budget / 2**20:,.0f} MiB"
+        f"max_memory: expected at least {_mib(smallest)} for {batch} x {height} x {width} pixels"
+        f"{'' if schedule is None else f' with schedule {schedule!r}'}, got {_mib(budget)}"
     )
+
+
+def _mib(count: int) -> str:
+    mib = count / 2**20
+    return f"{mib:,.0f} MiB" if mib >= 100 else f"{mib:.3g} MiB"
 
 
 def _lengths(blocks: int) -> list[int]:
@@ -150,7 +155,7 @@ def peak_bytes(model, batch: int, height: int, width: int, plan: Plan) -> int:
     attend = qkv + strip * token + batch * strip * heads * 4
     windows = min(PIECE, right) * (3 * lr_side) ** 2
     blocks = min(PIECE, right) * block**2
-    cross_attention = 2 * windows * token + 4 * blocks * token + batch * blocks * heads * 4
+    cross_attention = 2 * windows * token + 5 * blocks * token + batch * blocks * heads * 4
     if not plan.keep_lr:
         cross_attention = max(6 * lr_row * token, 2 * lr_row * token + cross_attention)
     feed_forward = piece * token * (2 * 4 + 3)
@@ -161,7 +166,12 @@ def peak_bytes(model, batch: int, height: int, width: int, plan: Plan) -> int:
     return max(held + inside + pixels, start)
 
 
-def _bytes(limit: int | str | None, device: torch.device) -> int | None:
+def memory_limit(limit: int | str | None, device: torch.device | str) -> int | None:
+    """Bytes from what people write: see `max_memory` of :func:`plan`; None stays None.
+
+    Raises:
+        ValueError: anything else.
+    """
     if limit is None:
         return None
     if isinstance(limit, str) and limit != "auto":
