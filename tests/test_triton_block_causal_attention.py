@@ -311,6 +311,13 @@ def test_empty_problems_write_what_there_is(shape):
 
 
 @needs_kernels
+def test_two_runs_give_the_same_bits():
+    case, inputs = problem("ragged-tiles-bf16")
+    first, second = run(case, inputs), run(case, inputs)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@needs_kernels
 def test_a_sample_alone_gives_the_bits_it_gives_in_a_batch():
     case, inputs = problem("batch-and-heads")
     batch = run(case, inputs)
