@@ -104,6 +104,15 @@ def test_a_mistake_is_found_under_every_schedule_and_nothing_else_is_said(case):
         assert kinds and kinds <= MISTAKES[case], f"seed {seed}, {copies}: {kinds}"
 
 
+def test_bytes_between_the_rows_of_an_output_may_not_be_written():
+    device = Device(library("self_test"))
+    values = device.input(torch.arange(64, dtype=torch.float32), "in")
+    out = device.output(torch.empty(128)[::2], "out")
+    arguments = [b"warp_exchange", pointer(values), pointer(out), pointer(None)]
+    findings = device.run("self_test", *arguments)
+    assert [f.kind for f in findings] == ["out of bounds"] and "between its rows" in findings[0].text
+
+
 def test_a_finding_names_both_source_lines():
     lines = (Path(__file__).parent / "cuda_emulation" / "self_test.cpp").read_text().splitlines()
     (finding,) = [f for f in run("copy_without_wait", 0, "late")[0] if f.kind == "race with a copy"]

@@ -85,7 +85,7 @@ def library(name: str) -> ctypes.CDLL:
     folder = _cache()
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
     emulator = [HERE / "emulator.h", HERE / "emulator.cpp"]
-    headers = [*sorted(KERNELS.glob("*")), *sorted((ROOT / "csrc" / "cpu").glob("tensor.h"))]
+    headers = [HERE / "fragments.h", *sorted(KERNELS.glob("*")), *sorted((ROOT / "csrc" / "cpu").glob("tensor.h"))]
     found = folder / f"{name}-{_digest(version, FLAGS, INSTRUMENT, *emulator, *headers, HERE / f'{name}.cpp')}.so"
     engine = folder / f"emulator-{_digest(version, FLAGS, *emulator)}.o"
     # Made under a name of this process's own and moved: several test processes may come here at once.
@@ -139,6 +139,9 @@ class Device:
     def __init__(self, library: ctypes.CDLL):
         self.library = library
         self._storage: list[torch.Tensor] = []
+        self._gaps: dict[
+            str, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # bytes, and which of them lie between rows of an output
         library.emulation_clear_regions()
 
     def input(self, x: torch.Tensor, name: str, writable: bool = False) -> torch.Tensor:
@@ -159,6 +162,10 @@ class Device:
         placed = memory.as_strided(x.shape, strides, memory.storage_offset())
         if initialised:
             placed.copy_(x)
+        elif extent > x.numel():
+            gap = torch.ones(extent, dtype=torch.bool)
+            gap.as_strided(x.shape, strides, 0).fill_(False)
+            self._gaps[name] = memory.view(torch.uint8).view(extent, size), gap
         self._storage.append(storage)
         self.library.emulation_add_region(
             ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(extent * size), initialised, writable, name.encode()
@@ -179,7 +186,13 @@ class Device:
         if refused is not None:
             raise RuntimeError(refused.decode())
         assert not fault or self.library.emulation_fault_reached(), f"the kernel has no fault {fault!r}"
-        findings = []
+        findings = [
+            Finding(
+                "out of bounds", f"{name}: bytes between its rows were written", int((bytes_[gap] != 255).sum()), "", ""
+            )
+            for name, (bytes_, gap) in self._gaps.items()
+            if (bytes_[gap] != 255).any()
+        ]
         for line in self.library.emulation_findings().decode().splitlines():
             kind, at, other, count, text = line.split("\t")
             lines = [_source_lines(self.library._name, int(offset)) for offset in (at, other)]
