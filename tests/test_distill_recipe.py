@@ -31,7 +31,7 @@ SECTIONS = sorted({"", *(key.rpartition(".")[0] for key in KEYS)})
 #: Keys that an objective of this kind has, and the default one has not.
 ONLY_OF = {
     f"objective.{name}": kind.model_fields["kind"].default
-    for kind in (recipe.FlowAttentionObjective, recipe.EDMObjective)
+    for kind in (recipe.PeRFlowObjective, recipe.FlowAttentionObjective, recipe.EDMObjective)
     for name in kind.model_fields.keys() - recipe.AttentionObjective.model_fields.keys()
 }
 
@@ -334,7 +334,7 @@ def test_objectives_are_told_apart_by_kind_and_explained_by_plain_keys():
     ]
     assert lines({"kind": "flow_attention", "logit_std": 0})[0].startswith("objective.logit_std: expected a number")
     assert lines({"kind": "neither"}) == [
-        "objective.kind: expected 'attention', 'flow_attention', 'edm', got 'neither'"
+        "objective.kind: expected 'attention', 'flow_attention', 'edm', 'perflow', got 'neither'"
     ]
     assert lines({"weights": {"nose": 1}}) == [
         "objective.weights.nose: unknown key; did you mean 'objective.weights.noise'?"

@@ -130,7 +130,7 @@ def assert_same_weights(a, b):
 
 
 def test_every_shipped_recipe_is_run():
-    elsewhere = {"infdit"}  # in test_distill_infdit.py
+    elsewhere = {name for name in recipe.shipped() if name.partition("_")[0] in ("infdit", "perflow")}  # in their files
     assert set(FAMILIES) == set(recipe.shipped()) - elsewhere
 
 
@@ -582,8 +582,16 @@ def test_objective_s_settings_reach_the_noise_and_the_guidance(folders, tmp_path
     [
         ("clear", ["data.resolution=40", "data.resize=crop"], None),
         ("clear", ["data.resize=buckets", "data.bucket_step=8"], None),
-        ("linfusion_sd15", ["model.pretrained={flux}"], "objective.kind: expected 'flow_attention' for a FluxPipeline"),
-        ("clear", ["model.pretrained={sd15}", "model.text_length=null"], "objective.kind: expected 'attention' for a"),
+        (
+            "linfusion_sd15",
+            ["model.pretrained={flux}"],
+            "objective.kind: expected 'flow_attention' or 'perflow' for a FluxPi",
+        ),
+        (
+            "clear",
+            ["model.pretrained={sd15}", "model.text_length=null"],
+            "objective.kind: expected 'attention' or 'perfl",
+        ),
         ("clear", ["objective.feature_interval=9"], "objective.feature_interval: 9 leaves no attention module"),
         ("clear", ["student.options={{}}"], "window_size is needed"),
         ("clear", ["student.options={{window: 3}}"], "student.options: nothing is loaded, so ['"),

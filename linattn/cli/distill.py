@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-HELP = "train a student with cheaper attention, or Inf-DiT, from a recipe (YAML)"
+HELP = "train a student with cheaper attention or fewer steps, or Inf-DiT, from a recipe (YAML)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -114,7 +114,8 @@ class FlowSchedule:
         mode_scale: float = 1.29,
         shift: float = 1.0,
     ):
-        if not hasattr(scheduler, "scale_noise"):
+        # PeRFlowScheduler is for both kinds, and its config says for which.
+        if not (hasattr(scheduler, "scale_noise") and scheduler.config.get("use_flow_sigmas", True)):
             raise ValueError(f"expected a flow matching scheduler, got a {type(scheduler).__name__}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
@@ -272,6 +273,14 @@ def draw_pairs(
     # Another part of the first sample's sequence, which its own numbers never reach.
     offset = _stream(seed, numbers[0], part=1).integers(0, max_offset, size=2, endpoint=True)
     return PairDraws(*(torch.stack(part) for part in zip(*rows, strict=True)), tuple(offset.tolist()))
+
+
+def chosen(numbers: Sequence[int], probability: float, *, seed: int) -> Tensor:
+    """Which of the samples with these running numbers something happens to that happens with a probability: (B,) bool.
+
+    Beside what `draw` draws for them, and independent of it.
+    """
+    return torch.tensor([_stream(seed, number, part=2).random() < probability for number in numbers])
 
 
 def _stream(seed: int, number: int, part: int = 0) -> np.random.Generator:

@@ -8,7 +8,7 @@ One class per kind of pipeline, found by the class name in `model_index.json`. A
     latents = models.latents(*models.encode_image(pixels), noise)
     prediction = models.denoiser(models.model)(noisy, timesteps, condition)
 
-What a kind asks of a recipe it says by `objective` (the kind of objective that fits its noise schedule) and `multiple`
+What a kind asks of a recipe it says by `objectives` (the kinds of objective that fit its noise schedule) and `multiple`
 (of how many pixels the sides of a picture are multiples).
 
 Pipelines that draw from captions (`StableDiffusion` and the others that encode text) are teachers. `InfDiT`, which
@@ -43,8 +43,8 @@ class Kind:
 
     #: Name of the component that denoises.
     component: str
-    #: The kind of objective that fits: `objective.kind` of a recipe.
-    objective: str
+    #: The kinds of objective that fit: `objective.kind` of a recipe.
+    objectives: tuple[str, ...]
     #: Sides of a picture are multiples of so many pixels.
     multiple: int
     #: Tokens of the longest text encoder, where that can be chosen; None: fixed by the model, or there is none.
@@ -65,21 +65,27 @@ class Kind:
         return getattr(self.pipeline, self.component)
 
     @contextlib.contextmanager
-    def _with(self, model: nn.Module) -> Iterator[None]:
-        """The pipeline with `model` in the place of its own."""
-        own = self.model
-        self.pipeline.register_modules(**{self.component: model})
+    def _with(self, model: nn.Module, scheduler=None) -> Iterator[None]:
+        """The pipeline with `model` in the place of its own, and with a scheduler, if one is given."""
+        new = {self.component: model} if scheduler is None else {self.component: model, "scheduler": scheduler}
+        own = {name: getattr(self.pipeline, name) for name in new}
+        self.pipeline.register_modules(**new)
         try:
             yield
         finally:
-            self.pipeline.register_modules(**{self.component: own})
+            self.pipeline.register_modules(**own)
+
+    def save(self, folder: Path, model: nn.Module, scheduler=None) -> None:
+        """Write the pipeline, with `model` and the scheduler in the place of its own, as its class loads it."""
+        with self._with(model, scheduler):
+            self.pipeline.save_pretrained(folder)
 
 
 class StableDiffusion(Kind):
     """Stable Diffusion 1.x and 2.x: UNet, one CLIP text encoder, VAE."""
 
     component = "unet"
-    objective = "attention"
+    objectives = ("attention", "perflow")
     multiple = 8
     unused = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -130,15 +136,28 @@ class StableDiffusion(Kind):
         return self.pipeline.vae.config.get("shift_factor", None) or 0.0
 
     @torch.no_grad()
-    def draw(self, model: nn.Module, prompts: Sequence[str], *, steps, guidance, height, width, seed, autocast) -> list:
+    def draw(
+        self,
+        model: nn.Module,
+        prompts: Sequence[str],
+        *,
+        steps,
+        guidance,
+        height,
+        width,
+        seed,
+        autocast,
+        scheduler=None,
+    ) -> list:
         """One picture (PIL) per prompt by `model` in the place of the pipeline's own, each from the same seed.
 
         Args:
+            scheduler: in the place of the pipeline's own; None: that.
             autocast: function that returns the context in which the model runs; the VAE decodes outside of it.
         """
         vae = self.pipeline.vae
         pictures = []
-        with self._with(model):
+        with self._with(model, scheduler):
             for prompt in prompts:
                 with autocast():
                     latents = self._sample(
@@ -189,7 +208,7 @@ class _FlowTransformer(StableDiffusion):
     """What FLUX and Stable Diffusion 3 have in common: a transformer, flow matching, T5 beside CLIP."""
 
     component = "transformer"
-    objective = "flow_attention"
+    objectives = ("flow_attention", "perflow")
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
@@ -292,7 +311,7 @@ class InfDiT(Kind):
     """
 
     component = "transformer"
-    objective = "edm"
+    objectives = ("edm",)
 
     @property
     def multiple(self) -> int:
@@ -356,11 +375,6 @@ class InfDiT(Kind):
                 ).images[0]
                 for picture in pictures
             ]
-
-    def save(self, folder: Path, model: nn.Module) -> None:
-        """Write the pipeline, with `model` in the place of its own, as its class loads it."""
-        with self._with(model):
-            self.pipeline.save_pretrained(folder)
 
 
 #: Class names of pipelines in `model_index.json` -> how to use them.

@@ -96,7 +96,10 @@ class Lora(Section):
 
 
 class Student(Section):
-    """What takes the place of the teacher's attention, and which part of it is trained."""
+    """What takes the place of the teacher's attention, and which part of it is trained.
+
+    Beside objective.kind: perflow all of the network is trained, or low-rank updates in all of it.
+    """
 
     adapter: Annotated[str, AfterValidator(import_path)] | None  # module:Class; None: the whole model is the student
     pretrained: Text | None = None  # weights of the adapter to begin with
@@ -153,6 +156,28 @@ class EDMObjective(Section):
     max_offset: Annotated[int, Field(ge=0)] = 896  # rows and columns of tokens that positions start at: 0 to this
 
 
+class PeRFlowObjective(Section):
+    """Piecewise reflow: the student learns that the teacher's path is straight in each window of time (PeRFlow)."""
+
+    kind: Literal["perflow"] = "perflow"
+    # What the student says: of diffusion ddim_eps, diff_eps or velocity; of flow matching velocity. docs/perflow.md
+    prediction_type: Literal["ddim_eps", "diff_eps", "velocity"] = "ddim_eps"
+    windows: Annotated[int, Field(ge=1, le=1000)] = 4
+    window_shift: Positive = 1.0  # flow matching: as a scheduler's shift moves the noise levels, so the windows
+    solver_steps: Count = 10  # of the teacher, per window
+    # Classifier-free guidance of the teacher, which the student then has in it. None: the teacher is not guided, and
+    # captions are dropped for both alike ("cfg-sync"), so that the student can be guided as the teacher can.
+    teacher_guidance: Annotated[float, BeforeValidator(number), Field(ge=1)] | None = None
+    guidance: NotNegative = 3.5  # that both are told, if the model was distilled to be told one (FLUX.1-dev)
+    teacher: Literal["model", "student"] = "model"  # student: the student as it starts, with its adapter
+    levels: Count = 1000  # of t
+    begin_at_noise: bool = False  # the first window begins at pure noise, not at the noisiest level of the teacher
+    legacy_grid: bool = False  # the original's solver, whose steps may miss a window's end
+    distance: Literal["l2", "huber"] = "l2"
+    huber_c: Positive = 1e-3
+    reweighting: Literal["reciprocal"] | None = None  # errors count 1 / (2.3 max(1 - t, 0.1))
+
+
 def _kind(value: object) -> object:
     return value.get("kind", "attention") if isinstance(value, dict) else getattr(value, "kind", "attention")
 
@@ -160,7 +185,8 @@ def _kind(value: object) -> object:
 Objective = Annotated[
     Annotated[AttentionObjective, Tag("attention")]
     | Annotated[FlowAttentionObjective, Tag("flow_attention")]
-    | Annotated[EDMObjective, Tag("edm")],
+    | Annotated[EDMObjective, Tag("edm")]
+    | Annotated[PeRFlowObjective, Tag("perflow")],
     Discriminator(_kind),
 ]
 
@@ -284,6 +310,7 @@ class Validation(Section):
     images: Texts = ()  # files, in place of prompts beside objective.kind: edm: they are enlarged
     every: Count = 1000  # optimizer steps
     steps: Count = 25  # of the sampler
+    teacher_steps: Count | None = None  # for the teacher's pictures; None: as steps
     guidance: NotNegative = 7.5
     height: Pixels | None = None  # None: what the model was made for
     width: Pixels | None = None
@@ -316,8 +343,10 @@ class Recipe(Section):
             if self.data.kind == "images":
                 without["data.image_key"] = None  # of a table of captions, which is not read
         else:
-            without, why = ONLY_BESIDE_EDM, f"objective.kind: {kind}"
-            if self.student.adapter is None:
+            without, why = dict(ONLY_BESIDE_EDM), f"objective.kind: {kind}"
+            if kind == "perflow":
+                yield from self._perflow_conflicts()
+            elif self.student.adapter is None:
                 yield "student.adapter", f"expected module:Class beside {why}, got null"
         for key, expected in without.items():
             value: Any = self
@@ -325,6 +354,24 @@ class Recipe(Section):
                 value = getattr(value, part)
             if value != expected:
                 yield key, f"expected {_show(expected)} beside {why}, got {_show(value)}"
+
+    def _perflow_conflicts(self):
+        """What does not go together in a run that distils steps."""
+        student, wanted = self.student, self.objective
+        if student.adapter is None:
+            for key, expected in (("pretrained", None), ("options", {})):
+                if (value := getattr(student, key)) != expected:
+                    why = "beside student.adapter: null (there is nothing to put it into)"
+                    yield f"student.{key}", f"expected {_show(expected)} {why}, got {_show(value)}"
+            if wanted.teacher == "student":
+                why = "beside student.adapter: null (the two are the same)"
+                yield "objective.teacher", f"expected 'model' {why}, got 'student'"
+        elif student.train == "lora":
+            why = "beside objective.kind: perflow and student.adapter (whose weights no LoRA holds)"
+            yield "student.train", f"expected 'full' {why}, got 'lora'"
+        if student.train == "full" and self.training.share_frozen:
+            why = "beside objective.kind: perflow and student.train: full (nothing is frozen)"
+            yield "training.share_frozen", f"expected false or null {why}, got true"
 
     @classmethod
     def parse(cls, content: object, source: str = "recipe") -> Recipe:
@@ -408,6 +455,7 @@ NOT_BESIDE_EDM = {
     "data.cache.latents": False,
     "training.share_frozen": None,
     "output.validation.prompts": (),
+    "output.validation.teacher_steps": None,
 }
 ONLY_BESIDE_EDM = {
     "model.config": None,

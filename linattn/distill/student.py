@@ -3,7 +3,8 @@
 Teacher and student differ in the adapter's modules only. So by default they are two trees of modules over one set of
 frozen weights: the student costs its adapter, not a second network.
 
-`WholeModel` is a student that nobody teaches: all of a network, trained on data alone.
+`TunedModel` is a student all of which may learn something else than the teacher does: fewer steps. `WholeModel` is one
+that nobody teaches: all of a network, trained on data alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .. import delta_weights
 
 ADAPTER_NAME = "default"
 
@@ -54,11 +57,7 @@ class Student:
     ):
         teacher.requires_grad_(False)
         self.model = shared_copy(teacher) if share else copy.deepcopy(teacher)
-        start = {"load_pretrained": False} if pretrained is None else {"pretrained_model_name_or_path": pretrained}
-        try:
-            self.adapter = adapter_class.construct_for(self.model, **start, **(options or {}))
-        except TypeError as error:  # an option that it does not know
-            raise ValueError(f"student.options: {error}") from error
+        self.adapter = _mounted(self.model, adapter_class, pretrained, options)
         self.modules: dict[str, nn.Module] = dict(self.adapter.modules_dict)
         self.lora = False
         if self._names_its_own:
@@ -149,22 +148,168 @@ class Student:
         The updates by themselves go to `folder`/lora as well, for `load_lora_weights` on top of the same adapter.
         The student is not changed: un-merging would not give back the same bits.
         """
-        with torch.random.fork_rng(devices=[]):  # saving draws nothing from the run's random numbers
-            plain = self.adapter.from_config(self.adapter.config)
-        with torch.no_grad():
-            for own, module in zip(plain.modules_dict.values(), self.modules.values(), strict=True):
-                merged = merged_state_dict(module)  # with layers that are the model's own, if the adapter left such
-                own.load_state_dict({key: merged[key].detach().cpu() for key in own.state_dict()})
-        plain.save_pretrained(folder)
+        _save_adapter(self.adapter, self.modules, folder)
         if self.lora:
-            from diffusers.utils import convert_state_dict_to_diffusers
-            from peft.utils import get_peft_model_state_dict
+            _save_lora(self.model, Path(folder) / "lora", models)
 
-            layers = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME)
-            # With its settings: without them a loader takes the rank for alpha.
-            settings = self.model.peft_config[ADAPTER_NAME].to_dict()
-            settings["target_modules"] = sorted(settings["target_modules"])
-            models.save_lora(Path(folder) / "lora", convert_state_dict_to_diffusers(layers), settings)
+
+class TunedModel:
+    """A copy of the teacher that learns to do with fewer steps: all of it, or low-rank updates of it.
+
+    It is used like a `Student`, but for how it is made.
+
+    Args:
+        teacher: the network; left as it is, frozen.
+        scheduler: that samples from the student; saved with it.
+        adapter_class, pretrained, options: an adapter that is mounted first; all of the network is trained with it.
+        low_rank: of `linattn.distill.recipe.Lora`: what is trained instead of all; without an adapter.
+        share: one copy of the frozen weights for both, beside low_rank.
+
+    Raises:
+        ValueError: there is no layer of a name in low_rank.
+    """
+
+    saved_as = "student"
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        scheduler,
+        *,
+        adapter_class: type | None = None,
+        pretrained: str | None = None,
+        options: Mapping[str, object] | None = None,
+        low_rank=None,
+        share: bool = True,
+    ):
+        teacher.requires_grad_(False)
+        self.scheduler = scheduler
+        self.lora = low_rank is not None
+        self._class = type(teacher)  # sharding puts a class of its own in its place
+        self._mount = (adapter_class, pretrained, options)
+        self._low_rank = low_rank
+        # The weights as they were loaded: a teacher that is narrowed afterwards gets other tensors, and these stay.
+        self._base: dict[str, Tensor] = {} if self.lora else dict(teacher.state_dict())
+        self._dress(shared_copy(teacher) if self.lora and share else copy.deepcopy(teacher))
+
+    def _dress(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapter = _mounted(model, *self._mount) if self._mount[0] else None
+        self.modules: dict[str, nn.Module] = dict(self.adapter.modules_dict) if self.adapter else {}
+        if not self.lora:
+            model.requires_grad_(True)
+            return
+        from peft import LoraConfig
+
+        wanted = self._low_rank
+        targets = [name for target in wanted.targets for name in _named(model, target, "student.lora.targets")]
+        in_full = [name for target in wanted.also_train for name in _named(model, target, "student.lora.also_train")]
+        in_full = [p for name in in_full for p in model.get_submodule(name).parameters()]
+        settings = {"r": wanted.rank, "lora_alpha": wanted.alpha or wanted.rank, "lora_dropout": wanted.dropout}
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(target_modules=targets, **settings), ADAPTER_NAME)
+        for parameter in (*in_full, *(p for name, p in model.named_parameters() if ".lora_" in name)):
+            parameter.requires_grad_(True)
+
+    def as_it_is(self, teacher: nn.Module) -> nn.Module:
+        """A frozen copy of the student with its adapter, to teach it.
+
+        Args:
+            teacher: that the student was made of; the copy is of its type, on its device.
+        """
+        model = copy.deepcopy(teacher)
+        # Mounted anew, not copied: an adapter may hold on to the model that it was mounted on.
+        _mounted(model, *self._mount)
+        model.load_state_dict(self.model.state_dict())
+        model = nn.Module.to(model, device=next(teacher.parameters()).device, dtype=next(teacher.parameters()).dtype)
+        return model.requires_grad_(False).eval()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the model to the device: what is frozen in the given type, what is trained in float32."""
+        nn.Module.to(self.model, device=device, dtype=dtype if self.lora else torch.float32)
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()
+
+    def blank(self) -> TunedModel:
+        """Another one of the same configuration on the CPU, whose weights mean nothing."""
+        other = copy.copy(self)
+        with torch.random.fork_rng(devices=[]):
+            other._dress(self._class.from_config(self.model.config))
+        return other
+
+    def save(self, folder: Path, models) -> None:
+        """Write the student as users load it, always with `folder`/scheduler.
+
+        All of a network: a pipeline, and beside it delta_weights.safetensors, the difference to the teacher's weights.
+        With an adapter: `folder`/adapter, as its class loads it, and the difference of what does not belong to it.
+        Low-rank updates: pytorch_lora_weights.safetensors, for `load_lora_weights`.
+        """
+        folder = Path(folder)
+        if self.lora:
+            _save_lora(self.model, folder, models)
+        elif self.adapter is None:
+            models.save(folder, self.model, self.scheduler)
+        else:
+            _save_adapter(self.adapter, self.modules, folder / "adapter")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if not self.lora:
+            tuned = {key: value for key, value in self.model.state_dict().items() if not self._is_of_adapter(key)}
+            delta = delta_weights.extract({key: self._base[key] for key in tuned}, tuned)
+            delta_weights.save(delta, folder)
+
+    def _is_of_adapter(self, key: str) -> bool:
+        """Whether the adapter's own file holds this weight."""
+        if hasattr(self.adapter, "trainable_parameters"):
+            return key in self.adapter.trainable_parameters()
+        return any(key.startswith(f"{name}.") for name in self.modules)
+
+
+def _named(model: nn.Module, ending: str, key: str) -> list[str]:
+    """Names of the layers that are called so, or whose names end in it.
+
+    Raises:
+        ValueError: there is none; the message begins with `key`.
+    """
+    names = [name for name, _ in model.named_modules() if name == ending or name.endswith(f".{ending}")]
+    if not names:
+        raise ValueError(f"{key}: {type(model).__name__} has no layer whose name ends in {ending!r}")
+    return names
+
+
+def _mounted(
+    model: nn.Module, adapter_class: type, pretrained: str | None, options: Mapping[str, object] | None
+) -> object:
+    """The adapter, mounted on the model."""
+    start = {"load_pretrained": False} if pretrained is None else {"pretrained_model_name_or_path": pretrained}
+    try:
+        return adapter_class.construct_for(model, **start, **(options or {}))
+    except TypeError as error:  # an option that it does not know
+        raise ValueError(f"student.options: {error}") from error
+
+
+def _save_adapter(adapter, modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """Write an adapter with the weights of these modules, which are those that it has mounted."""
+    with torch.random.fork_rng(devices=[]):  # saving draws nothing from the run's random numbers
+        plain = adapter.from_config(adapter.config)
+    with torch.no_grad():
+        for own, module in zip(plain.modules_dict.values(), modules.values(), strict=True):
+            merged = merged_state_dict(module)  # with layers that are the model's own, if the adapter left such
+            own.load_state_dict({key: merged[key].detach().cpu() for key in own.state_dict()})
+    plain.save_pretrained(folder)
+
+
+def _save_lora(model: nn.Module, folder: Path, models) -> None:
+    """Write the low-rank updates in the model."""
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    # With its settings: without them a loader takes the rank for alpha.
+    settings = model.peft_config[ADAPTER_NAME].to_dict()
+    settings["target_modules"] = sorted(settings["target_modules"])
+    models.save_lora(folder, layers, settings)  # peft's names: diffusers' older ones exist for attention alone
 
 
 class WholeModel:

@@ -1,4 +1,4 @@
-"""What a run is about: the parts of it that differ between teaching attention and training a model on data alone.
+"""What a run is about: the parts that differ between teaching attention, distilling steps, and training on data alone.
 
 The trainer asks its task for the source of pictures, the models, the student, the objective and the batches, has it
 turn each batch into the objective's arguments, and has it draw the pictures that show how far the student is. Loop,
@@ -17,15 +17,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..paths import expand
+from ..schedulers import PeRFlowScheduler
+from ..schedulers.piecewise import Marginal, window_bounds
 from . import pipelines
 from .data import LargeEnough, Order, Source, loader, open_source, pair_loader
 from .data.degradation import FACTOR
 from .data.pictures import decode
-from .noise import NoiseSchedule, draw, draw_pairs
+from .noise import FlowSchedule, NoiseSchedule, chosen, draw, draw_pairs
 from .objectives.attention import AttentionDistillation
 from .objectives.edm import EDMTraining, with_dropped
+from .objectives.perflow import PeRFlowTraining, Times
 from .recipe import Recipe
-from .student import Student, WholeModel
+from .student import Student, TunedModel, WholeModel
 
 
 class AttentionTask:
@@ -41,7 +44,7 @@ class AttentionTask:
     columns = "teacher | student"
 
     def __init__(self, recipe: Recipe, *, adapter_class: type | None, pipeline_class: type | None):
-        if adapter_class is None:
+        if adapter_class is None and recipe.student.adapter is not None:
             raise TypeError(f"expected the class that student.adapter names ({recipe.student.adapter!r}), got None")
         self.recipe = recipe
         self._adapter_class, self._pipeline_class = adapter_class, pipeline_class
@@ -148,12 +151,20 @@ class AttentionTask:
 
     def compared(self, models: pipelines.Kind, autocast: Callable) -> list:
         """The pictures that the student's are shown beside."""
-        return self.pictures(models, models.model, autocast)
+        return self._drawn(models, models.model, autocast, **self._teacher_draws())
 
     def pictures(self, models: pipelines.Kind, model: nn.Module, autocast: Callable) -> list:
         """What `model` draws, one picture per prompt."""
+        return self._drawn(models, model, autocast)
+
+    def _teacher_draws(self) -> dict:
+        """In what its pictures differ from the student's."""
         wanted = self.recipe.output.validation
-        options = wanted.model_dump(exclude={"prompts", "images", "every"})
+        return {"steps": wanted.teacher_steps or wanted.steps}
+
+    def _drawn(self, models: pipelines.Kind, model: nn.Module, autocast: Callable, **changes) -> list:
+        wanted = self.recipe.output.validation
+        options = wanted.model_dump(include={"steps", "guidance", "height", "width", "seed"}) | changes
         return models.draw(model, wanted.prompts, **options, autocast=autocast)
 
     def summary(self, models: pipelines.Kind, student: Student) -> list[tuple[str, str]]:
@@ -166,6 +177,123 @@ class AttentionTask:
                 "student",
                 f"{wanted.adapter}, {len(student.modules)} modules; trains {count:,} of {total:,} parameters "
                 f"({wanted.train})",
+            ),
+        ]
+
+
+class PeRFlowTask(AttentionTask):
+    """A student learns to do in a few steps what its teacher does in many (`objective.kind: perflow`)."""
+
+    _empty: dict[str, torch.Tensor] | None = None  # the condition of the empty caption
+
+    def problems(self, models: pipelines.Kind) -> list[str]:
+        wanted, name, problems = self.recipe.objective, type(models.pipeline).__name__, []
+        if self._is_flow(models):
+            if wanted.prediction_type != "velocity":
+                problems.append(
+                    f"objective.prediction_type: expected 'velocity' for a {name} (flow matching), got "
+                    f"'{wanted.prediction_type}'"
+                )
+        elif wanted.window_shift != 1:
+            problems.append(
+                f"objective.window_shift: expected 1.0 for a {name} (no flow matching), got {wanted.window_shift}"
+            )
+        if not problems:
+            try:
+                self._scheduler(models)
+            except ValueError as error:  # levels of noise that this prediction divides by
+                problems.append(f"objective.prediction_type: {error}")
+        return problems
+
+    @staticmethod
+    def _is_flow(models: pipelines.Kind) -> bool:
+        return isinstance(models.schedule(), FlowSchedule)
+
+    def _scheduler(self, models: pipelines.Kind) -> PeRFlowScheduler:
+        """That samples from the student; its process and its windows are those of the training."""
+        wanted = self.recipe.objective
+        return PeRFlowScheduler.from_config(
+            models.pipeline.scheduler.config,
+            prediction_type=wanted.prediction_type,
+            num_time_windows=wanted.windows,
+            use_flow_sigmas=self._is_flow(models),
+            window_shift=wanted.window_shift,
+        )
+
+    def start(self, models: pipelines.Kind, *, share: bool) -> TunedModel:
+        wanted = self.recipe.student
+        shared = self.recipe.training.share_frozen
+        return TunedModel(
+            models.model,
+            self._scheduler(models),
+            adapter_class=self._adapter_class if wanted.adapter else None,
+            pretrained=wanted.pretrained,
+            options=wanted.options,
+            low_rank=wanted.lora if wanted.train == "lora" else None,
+            share=share if shared is None else shared,
+        )
+
+    def objective(self, models: pipelines.Kind, student: TunedModel) -> tuple[nn.Module, Times]:
+        wanted, schedule, config = self.recipe.objective, models.schedule(), student.scheduler.config
+        is_flow = isinstance(schedule, FlowSchedule)
+        denoiser = functools.partial(models.denoiser, guidance=wanted.guidance) if is_flow else models.denoiser
+        teacher = models.model if wanted.teacher == "model" else student.as_it_is(models.model)
+        names = ("prediction_type", "begin_at_noise", "legacy_grid", "distance", "huber_c", "reweighting")
+        objective = PeRFlowTraining(
+            denoiser(student.model),
+            denoiser(teacher),
+            Marginal(student.scheduler.alphas_cumprod),
+            window_bounds(config.num_time_windows, config.window_shift),
+            steps=wanted.solver_steps,
+            teacher_prediction_type="flow" if is_flow else schedule.prediction_type,
+            num_timesteps=schedule.num_timesteps,
+            guidance=wanted.teacher_guidance,
+            **{name: getattr(wanted, name) for name in names},
+        )
+        return objective, Times(wanted.levels, wanted.window_shift)
+
+    def batches(self, source: Source, order: Order, *, text_cache, latent_cache, **share) -> DataLoader:
+        # Nothing is dropped here: a guided teacher sees every caption. `encode` does it.
+        data = self.recipe.data.model_copy(update={"caption_drop": 0.0})
+        seed = self.recipe.training.seed
+        return loader(source, order, data, seed=seed, text_cache=text_cache, latent_cache=latent_cache, **share)
+
+    def encode(self, batch: dict, models: pipelines.Kind, schedule: Times, device: torch.device) -> dict:
+        """A batch of the loader as the objective's arguments."""
+        encoded = super().encode(batch, models, schedule, device)
+        drop = self.recipe.data.caption_drop
+        if drop or self.recipe.objective.teacher_guidance is not None:
+            if self._empty is None:
+                self._empty = models.encode_text([""])
+            # Sizes, which captions do not say, are the same.
+            encoded["unconditional"] = encoded["condition"] | self._empty
+        if drop:
+            encoded["dropped"] = chosen(batch["number"].tolist(), drop, seed=self.recipe.training.seed).to(device)
+        return encoded
+
+    def pictures(self, models: pipelines.Kind, model: nn.Module, autocast: Callable) -> list:
+        return self._drawn(models, model, autocast, scheduler=self._scheduler(models))
+
+    def _teacher_draws(self) -> dict:
+        guidance = self.recipe.objective.teacher_guidance
+        return super()._teacher_draws() | ({} if guidance is None else {"guidance": guidance})
+
+    def summary(self, models: pipelines.Kind, student: TunedModel) -> list[tuple[str, str]]:
+        count, total = _counts(student)
+        wanted = self.recipe.objective
+        guided = "not guided" if wanted.teacher_guidance is None else f"guided by {wanted.teacher_guidance}"
+        taught = "" if wanted.teacher == "model" else f", with {self.recipe.student.adapter}"
+        adapter = f" with {self.recipe.student.adapter}" if student.adapter else ""
+        return [
+            (
+                "teacher",
+                f"{self.recipe.model.pretrained} ({type(models.pipeline).__name__}){taught}, {guided}, "
+                f"{wanted.windows} windows of {wanted.solver_steps} steps",
+            ),
+            (
+                "student",
+                f"a copy{adapter}, {wanted.prediction_type}; trains {count:,} of {total:,} parameters "
+                f"({self.recipe.student.train})",
             ),
         ]
 
@@ -291,10 +419,15 @@ class UpscalingTask:
         ]
 
 
-TASKS = {"attention": AttentionTask, "flow_attention": AttentionTask, "edm": UpscalingTask}
+TASKS = {
+    "attention": AttentionTask,
+    "flow_attention": AttentionTask,
+    "edm": UpscalingTask,
+    "perflow": PeRFlowTask,
+}
 
 
-def _counts(student: Student | WholeModel) -> tuple[int, int]:
+def _counts(student: Student | TunedModel | WholeModel) -> tuple[int, int]:
     """Numbers that are trained, and all."""
     trained = sum(p.numel() for p in student.trainable().values())
     return trained, sum(p.numel() for p in student.model.parameters())

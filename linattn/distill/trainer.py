@@ -29,7 +29,7 @@ from . import checkpoint
 from .data import Order
 from .precompute import fill_caches
 from .recipe import Recipe, RecipeError, load
-from .student import Student, WholeModel
+from .student import Student, TunedModel, WholeModel
 from .tasks import TASKS
 
 TRAINABLE, AVERAGE = "trainable.safetensors", "ema.safetensors"
@@ -117,10 +117,10 @@ class Trainer:
     def _refuse_what_the_model_cannot_do(self) -> None:
         problems, models, data = [], self.models, self.recipe.data
         name = type(models.pipeline).__name__
-        if self.recipe.objective.kind != models.objective:
+        if self.recipe.objective.kind not in models.objectives:
             problems.append(
-                f"objective.kind: expected '{models.objective}' for a {name} ({self.recipe.model.pretrained!r}), got "
-                f"'{self.recipe.objective.kind}'"
+                f"objective.kind: expected {' or '.join(map(repr, models.objectives))} for a {name} "
+                f"({self.recipe.model.pretrained!r}), got '{self.recipe.objective.kind}'"
             )
         else:
             problems += self.task.problems(models)
@@ -153,7 +153,7 @@ class Trainer:
             raise RecipeError(str(self.folder), problems)
         return newest
 
-    def _make_student(self) -> Student | WholeModel:
+    def _make_student(self) -> Student | TunedModel | WholeModel:
         from accelerate.utils import set_seed
 
         set_seed(self.recipe.training.seed)  # what starts at random starts the same in every process and every run
@@ -418,13 +418,13 @@ class Trainer:
         accelerator.wait_for_everyone()
         return target
 
-    def _gathered(self) -> Student | WholeModel | None:
+    def _gathered(self) -> Student | TunedModel | WholeModel | None:
         """On the main process a student with the weights that now lie in pieces on all of them."""
         (wrapped,) = self.accelerator._models
         state = self.accelerator.get_state_dict(wrapped)
         if not self.accelerator.is_main_process:
             return None
-        student = self.student.blank() if isinstance(self.student, WholeModel) else self._make_student()
+        student = self.student.blank() if hasattr(self.student, "blank") else self._make_student()
         names = list(self.trainable)
         with torch.no_grad():
             for name, parameter in student.trainable().items():

@@ -22,10 +22,18 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...schedulers.piecewise import Marginal, combine, target_coefficients, windows_of
+from ...schedulers.piecewise import (
+    Marginal,
+    combine,
+    shifted,
+    target_coefficients,
+    velocity_coefficients,
+    windows_of,
+)
 from ..denoiser import Denoiser
 
 #: A teacher with its condition: (noisy (B, ...), timesteps (B,)) -> prediction (B, ...).
@@ -44,6 +52,23 @@ def times(uniform: Tensor, levels: int = 1000) -> Tensor:
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
     return (levels - (uniform * levels).floor()) / levels
+
+
+class Times:
+    """`times` of samples, for `linattn.distill.noise.draw`: the t themselves, float64.
+
+    Args:
+        shift: of windows and times: then all windows are still drawn equally often.
+    """
+
+    num_timesteps = 1
+
+    def __init__(self, levels: int = 1000, shift: float = 1.0):
+        self.levels, self.shift = levels, shift
+
+    def timestep(self, stream: np.random.Generator) -> Tensor:
+        u = times(torch.tensor(stream.random(), dtype=torch.float64), self.levels)
+        return u if self.shift == 1 else shifted(u, self.shift)
 
 
 def with_dropped(
@@ -310,3 +335,90 @@ def perflow_loss(
     if reweighting:
         values = values / (2.3 * (1 - t.to(values)).clamp(min=0.1))
     return values.mean()
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+class PeRFlowTraining(nn.Module):
+    """One step of piecewise reflow on an encoded batch.
+
+    Args:
+        student: `Denoiser` (a Module) that is trained.
+        teacher: `Denoiser` that is not; not registered here, so that it is neither trained nor synchronised nor saved.
+        marginal: of the teacher's process.
+        bounds: `linattn.schedulers.piecewise.window_bounds`.
+        prediction_type, steps, teacher_prediction_type, num_timesteps, begin_at_noise, legacy_grid: see `segment`.
+        guidance: g of the teacher, on the whole condition. None ("cfg-sync"): it is not guided, and gets the condition
+            with dropped rows, as the student does.
+        distance, huber_c, reweighting: see `perflow_loss`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Denoiser,
+        marginal: Marginal,
+        bounds: Tensor,
+        *,
+        prediction_type: str,
+        steps: int,
+        teacher_prediction_type: str = "epsilon",
+        num_timesteps: int = 1000,
+        guidance: float | None = None,
+        begin_at_noise: bool = False,
+        legacy_grid: bool = False,
+        distance: str = "l2",
+        huber_c: float = 1e-3,
+        reweighting: str | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self._frozen = (teacher, marginal, bounds)
+        self.num_timesteps, self.guidance = num_timesteps, guidance
+        self._segment = {
+            "prediction_type": prediction_type,
+            "steps": steps,
+            "teacher_prediction_type": teacher_prediction_type,
+            "num_timesteps": num_timesteps,
+            "begin_at_noise": begin_at_noise,
+            "legacy_grid": legacy_grid,
+        }
+        self._loss = {"distance": distance, "huber_c": huber_c, "reweighting": reweighting}
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: Mapping[str, Tensor],
+        unconditional: Mapping[str, Tensor] | None = None,
+        dropped: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch: {"loss": L, "end": mean squared error of the window's end that the student points to}.
+
+        L means another thing for each prediction type, "end" the same for all.
+
+        Args:
+            latents, noise: (B, C, h, w) float32.
+            timesteps: t in (0, 1], (B,).
+            condition: entries (B, ...).
+            unconditional: the same entries, (B, ...) or (1, ...), where the teacher is guided or rows are dropped.
+            dropped: (B,) bool: rows that the student gets the unconditional entries of; None: none.
+        """
+        denoiser, marginal, bounds = self._frozen
+        seen = condition if dropped is None else with_dropped(condition, unconditional, dropped)
+        with torch.no_grad():
+            if self.guidance is None:
+                teacher = teacher_of(denoiser, seen)
+            else:
+                teacher = teacher_of(denoiser, condition, unconditional, self.guidance)
+            made = segment(latents, noise, timesteps, teacher, marginal, bounds, **self._segment)
+        t = timesteps.double()
+        output = self.student(made.z_t, (t * self.num_timesteps).float(), seen)
+        loss = perflow_loss(output, made.target, t, **self._loss)
+        with torch.no_grad():
+            p, q = velocity_coefficients(t, made.start, made.end, marginal, self._segment["prediction_type"])
+            end = combine(1 + (made.end - t) * p, made.z_t, (made.end - t) * q, output.detach())
+            error = perflow_loss(end, made.z_end)
+        return {"loss": loss, "end": error}
