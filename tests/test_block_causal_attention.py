@@ -192,8 +192,8 @@ LEFT_TO_ITS_OWN_FILE = (
 
 @pytest.fixture(autouse=True)
 def less_in_the_interpreter(request, monkeypatch):
-    """Where a test is there once for each dtype and edge, Triton's interpreter runs one of them, and of some tests none,
-    for it has a test file of its own. It patches triton.language anew at every call of a device function; once will do.
+    """Where a test is there once for each dtype and edge, Triton's interpreter runs one of them, and of some none: it
+    has a test file of its own. It patches triton.language anew at every call of a device function; once will do.
     """
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if (parameters.get("backend"), parameters.get("device")) != ("triton", "cpu"):
