@@ -47,6 +47,25 @@ void warp_exchange_without_barrier(Params p) {
   shuffle_xor(1.f, 1);  // brings the lanes together, but orders no memory
   p.out[thread_index()] = shared()[thread_index() ^ 1];
 }
+void overwrite_after_shuffle(Params p) {
+  shared()[lane()] = 1;
+  barrier_warp();
+  const float x = shared()[lane() ^ 1];
+  shuffle_xor(1.f, 1);
+  shared()[lane()] = 2;
+  p.out[lane()] = x;
+}
+void first_of_many_readers_overwrites(Params p) {
+  if (lane() == 0) shared()[0] = 1;
+  barrier_warp();
+  p.out[lane()] = shared()[0];
+  shuffle_xor(1.f, 1);
+  if (lane() == 0) shared()[0] = 2;
+}
+void reads_what_a_former_block_left(Params p) {
+  if (block_x() == 0) shared()[lane()] = 1;
+  if (block_x() == 1) p.out[lane()] = shared()[lane()];
+}
 void warp_barrier_across_warps(Params p) {
   shared()[thread_index()] = 1;
   barrier_warp();
@@ -205,6 +224,9 @@ const Case kCases[] = {
     CASE(overwrite_without_barrier, 1, 64, 256),
     CASE(warp_exchange, 1, 64, 256),
     CASE(warp_exchange_without_barrier, 1, 64, 256),
+    CASE(overwrite_after_shuffle, 1, 32, 128),
+    CASE(first_of_many_readers_overwrites, 1, 32, 128),
+    CASE(reads_what_a_former_block_left, 2, 32, 128),
     CASE(warp_barrier_across_warps, 1, 64, 256),
     CASE(blocks_write_one_place, 3, 32, 0),
     CASE(block_reads_what_another_writes, 2, 32, 0),
