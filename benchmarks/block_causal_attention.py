@@ -65,7 +65,7 @@ class Pattern(NamedTuple):
 def pattern_of(case: Case) -> Pattern:
     """The pattern in the case's name; one of case.N tokens where the sizes were replaced by small ones."""
     pattern = Pattern(*map(int, re.fullmatch(r"(\d+)x(\d+) b(\d+)", case.name).groups()))
-    return pattern if pattern.height * pattern.width == case.N else Pattern(4, case.N // 4, 4)
+    return pattern if pattern.height * pattern.width == case.N else Pattern(8, case.N // 8, 8)
 
 
 def _case(side: int, dtype: str, heads: int, **options: str) -> Case:
@@ -190,7 +190,7 @@ def _flex(pattern: Pattern, device: torch.device) -> Callable:
 
     # What each block of queries sees, in tiles (none of them partial; create_block_mask would look at all pairs of
     # tokens), and which slots each block fills: their shifts enter by one number.
-    tile = TILE[device.type]
+    tile = TILE[device.type] if size % TILE[device.type] == 0 else 64
     if size % tile:
         raise Skip(f"a block is not a multiple of {tile} tokens")
     tiles = torch.zeros(pattern.rows * columns, pattern.rows * columns, dtype=torch.bool)
