@@ -198,13 +198,14 @@ struct ApplyParams {
 
 template <int D, int E>
 struct ApplyTile {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int kWarps = D <= 160 ? 4 : 2;  // four warps' queries would not fit beside so large a state
+  static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = 16;  // tokens that a warp takes at a time
   static constexpr int kStages = 2;
   static constexpr int kQueryBytes = kRows * kRowBytes<uint16_t, D>;
   static constexpr int kStateBytes = D * kRowBytes<uint16_t, E>;
   static constexpr int kMeanBytes = D * 4;
-  static constexpr int kPeakBytes = kWarps * 4;
+  static constexpr int kPeakBytes = 16;  // a float for each of up to four warps; what follows lies at a multiple of 16
   // Columns whose accumulators are in registers at a time.
   static constexpr int kColumns = E % 80 == 0 ? 80 : E % 64 == 0 ? 64 : 48;
   LINATTN_HOST_DEVICE static constexpr int stage_bytes(bool denom) { return kQueryBytes * (denom ? 2 : 1); }
@@ -236,7 +237,8 @@ apply_kernel(ApplyParams<uint16_t> p) {
   unsigned char* state = shared_memory();
   float* mean = reinterpret_cast<float*>(state + Tile::kStateBytes);
   float* peaks = mean + D_TILE;
-  unsigned char* stages = reinterpret_cast<unsigned char*>(peaks + Tile::kWarps) + warp * Tile::kStages * stage_bytes;
+  unsigned char* stages =
+      reinterpret_cast<unsigned char*>(peaks) + Tile::kPeakBytes + warp * Tile::kStages * stage_bytes;
 
   const int64_t begin = block_y() * p.chunk, end = begin + p.chunk < p.tokens ? begin + p.chunk : p.tokens;
   constexpr int kStep = Tile::kWarps * Tile::kRows;

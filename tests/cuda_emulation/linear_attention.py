@@ -115,5 +115,6 @@ CASES = [
     Case(N=50, M=50, B=2, H=2, D=40, E=40, layout="packed"), Case(N=50, M=50, B=2, layout="odd"),
     *(Case(N=70, M=70, D=40, E=40, feature_map=m, normalize=n) for m in MAPS for n in (True, False)),
     Case(N=70, M=150, denoms=True), Case(N=70, M=150, D=160, E=160, denoms=True, dtype=torch.float16),
+    *(Case(N=70, M=40, D=256, E=256, denoms=True, dtype=d) for d in (torch.bfloat16, torch.float32)),
     Case(N=64, M=192, dtype=torch.float16, magnitude=3000),  # kv is past 65504
 ]  # fmt: skip
