@@ -60,7 +60,7 @@ def read_record(path: Path) -> dict:
     types = typing.get_type_hints(Request)
     if not wrong:
         wrong += [f"request.{name}" for name in set(types) ^ set(record["request"])]
-        wrong += [f"request.{name}" for name, kind in types.items() if not _is_a(record["request"].get(name), kind)]
+        wrong += [f"request.{name}" for name, kind in types.items() if not is_a(record["request"].get(name), kind)]
         if isinstance(stages := record["request"].get("stages"), list):
             types = typing.get_type_hints(StageRequest)
             good = [_is_an(stage, types) for stage in stages]
@@ -70,7 +70,7 @@ def read_record(path: Path) -> dict:
         wrong += [
             f"sources.{name}"
             for name in ("model", "weights", "lora", "image")
-            if not _is_source(record["sources"].get(name), optional=name != "model")
+            if not is_source(record["sources"].get(name), optional=name != "model")
         ]
         wrong += [
             f"pictures.{index}"
@@ -87,16 +87,16 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def _is_a(value, kind) -> bool:
+def is_a(value, kind) -> bool:
     return isinstance(value, kind) and (not isinstance(value, bool) or bool in typing.get_args(kind))
 
 
 def _is_an(entry, types: dict) -> bool:
     """Whether this is an object with exactly these entries."""
-    return isinstance(entry, dict) and set(entry) == set(types) and all(_is_a(entry[k], t) for k, t in types.items())
+    return isinstance(entry, dict) and set(entry) == set(types) and all(is_a(entry[k], t) for k, t in types.items())
 
 
-def _is_source(source, optional: bool) -> bool:
+def is_source(source, optional: bool) -> bool:
     if source is None:
         return optional
     if not isinstance(source, dict) or "revision" not in source:

@@ -143,9 +143,9 @@ def read_record(path: Path) -> dict:
         kinds = typing.get_type_hints(Request)
         wrong += [f"request.{name}" for name in set(kinds) ^ set(record["request"])]
         wrong += [
-            f"request.{name}" for name, kind in kinds.items() if not _record._is_a(record["request"].get(name), kind)
+            f"request.{name}" for name, kind in kinds.items() if not _record.is_a(record["request"].get(name), kind)
         ]
-        wrong += [f"sources.{n}" for n in ("model", "image") if not _record._is_source(record["sources"].get(n), False)]
+        wrong += [f"sources.{n}" for n in ("model", "image") if not _record.is_source(record["sources"].get(n), False)]
         wrong += ["request.image"] * (record["request"].get("image") is None)
     try:
         picture = record["pictures"][0]

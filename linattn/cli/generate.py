@@ -8,11 +8,9 @@ bit on the same machine. The paths of what was written go to stdout, everything 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import math
@@ -26,6 +24,7 @@ from pathlib import Path
 
 from linattn._quiet import quiet_diffusers
 from linattn.cli import _attention, _record, _stages
+from linattn.cli._machine import arithmetic, check_device, check_installed
 from linattn.cli._models import (
     Layout,
     Problem,
@@ -186,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
     if model.path is not None:
         layout = read_layout(model)
         _settle(request, layout, model, image)
-    _check_device(request)
+    check_device(request)
 
     revisions = {key: source["revision"] for key, source in (record or {"sources": {}})["sources"].items() if source}
     if layout is None:
@@ -203,7 +202,7 @@ def _run(args: argparse.Namespace) -> int:
         if source is not None:
             setattr(request, key, source.name)
     files.record.parent.mkdir(parents=True, exist_ok=True)
-    with _arithmetic(request, record):
+    with arithmetic(request, record):
         facts = _record.facts(request)
         differences = [] if record is None else _record.compare(record, sources, facts)
         if differences:
@@ -368,14 +367,7 @@ def _same(a, b) -> bool:
 
 
 def _check_installed(request: Request) -> None:
-    needed = ["diffusers", "transformers", "accelerate", "PIL", "safetensors"] + ["peft"] * (request.lora is not None)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Problem(f"{', '.join(missing)} missing: pip install 'linattn[diffusers]'")
-    # Before they are imported: remarks about the libraries' own optional parts would bury what matters.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Bit for bit on CUDA needs it, and it must stand before CUDA starts.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_installed(*["peft"] * (request.lora is not None))
     if request.lora is not None:
         from safetensors import SafetensorError, safe_open
 
@@ -422,19 +414,6 @@ def _open(path: str):
         raise Problem(f"--image: cannot read {path} as a picture: {line(error)}") from error
 
 
-def _check_device(request: Request) -> None:
-    import torch
-
-    if request.device == "auto":
-        request.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise Problem("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if request.device == "cpu" and request.dtype == "float16":
-        raise Problem("--dtype float16 is for CUDA devices; on a CPU use float32 or bfloat16")
-    if request.device == "cuda" and request.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise Problem(f"--dtype bfloat16: {torch.cuda.get_device_name()} has no bfloat16; use float16 or float32")
-
-
 def _settle_dtype(request: Request, layout: Layout) -> None:
     import torch
 
@@ -448,22 +427,6 @@ def _settle_dtype(request: Request, layout: Layout) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
-
-
-@contextlib.contextmanager
-def _arithmetic(request: Request, record: dict | None):
-    """The settings that the last bits depend on: the recorded number of threads, deterministic convolutions."""
-    import torch
-
-    threads = torch.get_num_threads()
-    wanted = (record or {"machine": {}})["machine"].get("threads")
-    with contextlib.ExitStack() as stack:
-        if isinstance(wanted, int) and 0 < wanted != threads:
-            torch.set_num_threads(wanted)
-            stack.callback(torch.set_num_threads, threads)
-        if request.device == "cuda":
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
-        yield
 
 
 def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):

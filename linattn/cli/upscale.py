@@ -31,6 +31,7 @@ from pathlib import Path
 
 from linattn._quiet import quiet_diffusers
 from linattn.cli import _record, _upscale_files, _upscale_pictures, _upscale_request
+from linattn.cli._machine import arithmetic, check_device, check_installed
 from linattn.cli._models import (
     Problem,
     Source,
@@ -57,7 +58,6 @@ from linattn.cli._upscale_request import (
     Usage,
     dashed,
 )
-from linattn.cli.generate import _arithmetic, _check_device, _check_installed
 
 HELP = "enlarge pictures, any number and size, in bounded memory"
 
@@ -211,9 +211,9 @@ def _run(args: argparse.Namespace, stop: Stop) -> int:
     _upscale_request.check_values(request)
     jobs = _jobs(args, request, out, say) if record is None else _job_again(request, out, record)
     _upscale_files.check_writable(out)
-    _check_installed(types.SimpleNamespace(lora=None))
+    check_installed()
     model = _locate(request.model)
-    _check_device(request)
+    check_device(request)
     revision = None if record is None else record["sources"]["model"]["revision"]
     parts = _parts(model, revision)
     _settle(request, model)
@@ -227,7 +227,7 @@ def _run(args: argparse.Namespace, stop: Stop) -> int:
     if not todo:
         return report.end(say)
     _upscale_files.clean({job.output.parent for job in todo})
-    with _arithmetic(request, record):
+    with arithmetic(request, record):
         task.facts = _facts(request)
         differences = []
         if record is not None:
