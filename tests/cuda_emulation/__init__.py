@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,9 @@ def library(name: str) -> ctypes.CDLL:
         assert done.returncode == 0, done.stderr[-4000:]
         part.unlink()
         found.with_suffix(mine).rename(found)
+        for old in (*folder.glob(f"{name}-*.so"), *folder.glob("emulator-*.o")):
+            if old not in (found, engine) and time.time() - old.stat().st_mtime > 24 * 3600:
+                old.unlink(missing_ok=True)
     loaded = ctypes.CDLL(str(found))
     loaded.emulation_findings.restype = ctypes.c_char_p
     loaded.emulation_counter.restype = ctypes.c_int64
