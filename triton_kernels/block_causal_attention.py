@@ -608,6 +608,7 @@ _MMA = {
     "grad_query": {96: (128, 32, 0), 128: (128, 32, 64), 192: (64, 16, 64), 256: (64, 32, 64)},
     "grad_key": {64: (16, 128, 0), 96: (32, 64, 0), 128: (32, 64, 64), 256: (32, 32, 64)},
 }
+_OTHER = _WGMMA | {"grad_key": _WGMMA["grad_key"] | {64: (32, 128, 0)}}  # sm_100 spills with 64 queries
 _FLOAT32 = {"forward": (32, 16, 32), "grad_query": (32, 16, 32), "grad_key": (16, 32, 32)}
 
 
@@ -638,7 +639,7 @@ def blocks(kernel: str, D: int, dtype: torch.dtype, core: str, block: int) -> di
     if dtype == torch.float32:
         queries, keys, chunk = _FLOAT32[kernel]
     else:
-        table = (_MMA if core == "mma" else _WGMMA)[kernel]
+        table = {"mma": _MMA, "wgmma": _WGMMA}.get(core, _OTHER)[kernel]
         queries, keys, chunk = table[min(most for most in table if most >= D0 + D1)]
     inner = tile_sides(block, queries if kernel == "grad_key" else keys)
     ragged = block % inner[0] != 0 or block % inner[1] != 0
