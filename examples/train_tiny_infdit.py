@@ -72,11 +72,7 @@ class Recipe:
     weight_decay: float = 0.1  # there are ten photographs to learn from, and 700 thousand weights
     last_rate: float = 0.3  # of the last layer, relative to the others
     ema_decay: float = 0.998
-    sizes: tuple[float, ...] = (
-        1.0,
-        0.7,
-        0.5,
-    )  # photographs are also seen reduced: sharper, and other things in a patch
+    sizes: tuple[float, ...] = (1.0, 0.7, 0.5)  # at which photographs are seen; reduced, they are sharper
     tint: float = 0.5  # share of patches whose colours are changed
     kept: int = 32  # directions of the enlarged picture's patches that tokens start with
     constant: float = 8.0
