@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -714,3 +716,24 @@ def test_command_says_what_it_will_do(folders, tmp_path, capsys):
     assert main(["distill", "perflow_sd15", *arguments, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "not guided, 4 windows of 2 steps" in told and "a copy, diff_eps; trains" in told and "(full)" in told
+
+
+def test_recipe_of_the_bundled_model_makes_a_pipeline_that_draws_in_four_steps(folders, tmp_path):
+    """The commands of docs/distillation.md, with two steps of two samples."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "distillation.md").read_text()
+    (command,) = re.findall(r"^    linattn (distill perflow_tiny_sd .*)$", text, re.MULTILINE)
+    command = command.replace("canvases", str(folders / "pictures")).replace("=run", f"={tmp_path / 'run'}")
+    options = [
+        "training.steps=2",
+        "training.warmup_steps=1",
+        "training.batch_size=2",
+        "output.validation.teacher_steps=1",
+    ]
+    assert main([*shlex.split(command), *(part for option in options for part in ("--set", option))]) == 0
+    assert (tmp_path / "run" / "validation" / "step-00000002.png").is_file()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
+    pipe.set_progress_bar_config(disable=True)
+    (picture,) = pipe("a seven", num_inference_steps=4, guidance_scale=1.0).images
+    assert picture.size == (144, 144) and len(pipe.scheduler.timesteps) == 4
+    with pytest.raises(ValueError, match="num_inference_steps must be at least the number of windows"):
+        pipe("a seven", num_inference_steps=3)
