@@ -1,10 +1,10 @@
 // Bidirectional linear attention in float32, by plain multiply-adds: no TF32, as everywhere in this package.
 //
 // The same two kernels as in linear_attention.cuh, with the same data flow. A thread of `state` holds 4 x 4 values of
-// kv (8 x 8 above 80 columns) and reads of every token its 4 columns of phi(k) and its 4 of v, 16 bytes each; phi is
-// applied once per value, in place, by the thread that copied it. A thread of `apply` has 4 tokens by 4 (8) columns of
-// the result. Per token, D = 64: 512 bytes of global traffic against 8,192 operations in each kernel: about as many
-// clocks for the one as for the other on an H200 (67 TFLOP/s, 4.3 TB/s).
+// kv (8 x 8 above D = 80) and reads of every token its columns of phi(k) and of v, 16 bytes at a time; phi is applied
+// once per value, in place, by the thread that copied it. A thread of `apply` has 4 tokens by 4 columns of the result.
+// Per token, D = 64: 512 bytes of global traffic against 8,192 operations in each kernel: about as many clocks for the
+// one as for the other on an H200 (67 TFLOP/s, 4.3 TB/s).
 #pragma once
 #include "linear_attention.cuh"
 
