@@ -225,15 +225,25 @@ class TestScript:
         clean = patches.draw(24, words)
         for sigma in (recipe.sigma_max, recipe.sigma_min):
             batch = script.corrupt(recipe, clean, torch.full((24,), sigma), rng)
-            noisy, lr_up = (batch.seen / script.preconditioning(torch.tensor(sigma)).c_in).chunk(2, 1)
+            c = script.preconditioning(torch.tensor(sigma))
+            noisy, lr_up = (batch.seen / c.c_in).chunk(2, 1)
+            assert (noisy - lr_up).std().item() == pytest.approx(sigma, rel=0.01)  # of 300,000 numbers
             with torch.no_grad():
                 given = net(batch.seen, batch.c_noise, batch.lr, return_dict=False)[0]
-            closer = noisy * script.preconditioning(torch.tensor(sigma)).c_skip + batch.c_out * given
-            assert (
-                (closer - clean).square().mean()
-                < 0.99 * (lr_up - clean).square().mean()
-                < (noisy - clean).square().mean()
-            )
+            errors = [(x - clean).square().mean().item() for x in (c.c_skip * noisy + c.c_out * given, lr_up)]
+            assert errors[0] < 0.97 * errors[1]
+
+    def test_prepares_a_modulation_that_undoes_c_out(self, script):
+        recipe = script.Recipe()
+        rng, words = script.generators(0)
+        net = script.new_network(recipe)
+        script.prepare(net, recipe, script.Patches(recipe), words, rng)
+        sigma = torch.tensor([recipe.sigma_max, (recipe.sigma_max * recipe.sigma_min) ** 0.5, recipe.sigma_min])
+        c = script.preconditioning(sigma)
+        with torch.no_grad():
+            scale = 1 + net.modulation_out(net._condition(c.c_noise, None, 3))[:, recipe.width :]
+        undone = scale * (c.c_out / c.c_out[0])[:, None]
+        assert (undone - 1).abs().max() < 0.05  # sums of weights of half precision
 
     def test_noise_levels_are_those_of_the_sampler(self, script):
         recipe = script.Recipe()

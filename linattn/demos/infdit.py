@@ -32,6 +32,7 @@ TITLES = {
 
 REAL_WEIGHTS = """\
 # The authors' checkpoint (github.com/zai-org/Inf-DiT), converted once:
+import torch
 from linattn.adapters import InfDiTUpscalePipeline, convert_infdit_checkpoint
 
 convert_infdit_checkpoint("mp_rank_00_model_states.pt", "inf-dit")
@@ -47,8 +48,10 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
     Writes infdit.png (the pictures side by side) and infdit.json (every figure).
     """
     import torch
+    from diffusers.utils import logging
 
     from linattn import backend, bundled
+    from linattn._quiet import quiet_diffusers
     from linattn.adapters import InfDiTUpscalePipeline
     from linattn.bundled import photographs
 
@@ -57,7 +60,9 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
         f"torch {torch.__version__}, threads: {torch.get_num_threads()}; "
         f"block_causal_attention runs on backend {runs_on!r}"
     )
-    pipe = InfDiTUpscalePipeline.from_pretrained(bundled.path(MODEL), local_files_only=True)
+    logging.disable_progress_bar()
+    with quiet_diffusers():
+        pipe = InfDiTUpscalePipeline.from_pretrained(bundled.path(MODEL), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     photograph = photographs.original(PHOTOGRAPH)
     if quick:
