@@ -62,7 +62,8 @@ install: $(VENV)/.test
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=8 $(PYTEST_ARGS)
 
-CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CXX_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_emulation/*.cpp \
+	tests/cuda_emulation/*.h tests/cuda_emulation/*.cu)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

@@ -57,7 +57,22 @@ def plan(out: Path, device: str, quick: bool, minutes: float) -> list[Stage]:
         Stage(
             "tests",
             [*module, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"],
-            0.17 * total,
+            0.12 * total,
+            why_no_tests(device),
+        ),
+        Stage(
+            "cuda",  # in a process of its own: the variable decides when the library is loaded
+            [
+                "env",
+                "LINATTN_BACKEND=cuda",
+                *module,
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "tests/test_cuda_on_gpu.py",
+            ],
+            0.05 * total,
             why_no_tests(device),
         ),
     ]

@@ -620,7 +620,7 @@ def test_gpu_lists_its_stages_without_running_them(tmp_path):
     done = run_module("benchmarks.gpu", "--out", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["build", "correctness", "tests", *benchmarks.families(), "tuning"]
+    assert names == ["build", "correctness", "tests", "cuda", *benchmarks.families(), "tuning"]
     assert not (tmp_path / "out").exists()
 
 
@@ -647,7 +647,7 @@ def test_gpu_runs_every_stage_on_a_cpu_and_leaves_at_most_eight_files(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     status = {stage["stage"]: stage["status"] for stage in results["stages"]}
-    left_out = dict.fromkeys(["build", "tests", "tuning"], "left out")
+    left_out = dict.fromkeys(["build", "tests", "cuda", "tuning"], "left out")
     assert status == {"correctness": "ok"} | left_out | dict.fromkeys(benchmarks.families(), "ok")
     assert {"summary.md", "results.json", "correctness.json", "benchmarks.csv", "log.txt"} <= set(os.listdir(tmp_path))
     assert len(os.listdir(tmp_path)) <= gpu.MOST_FILES

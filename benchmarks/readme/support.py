@@ -11,19 +11,19 @@ TESTED = {
     "reference": "CI",
     "cpu": "CI, every instruction set the machine has; address and undefined-behaviour sanitizers",
     "triton": "CI: Triton's interpreter, and ahead-of-time compilation for sm_80 and sm_90",
-    "cuda": "CI: compiles",
+    "cuda": "CI: an emulator of the GPU on a CPU ([docs/cuda.md](docs/cuda.md)), and nvcc for sm_80 and sm_90a",
 }
 DTYPES = {
     "reference": "float64, float32, bfloat16, float16",
     "cpu": "float32, bfloat16, float16",
     "triton": "float32, bfloat16, float16",
-    "cuda": "float32, bfloat16, float16",
+    "cuda": "float32, bfloat16, float16; forward only",
 }
 DEVICES = {
     "reference": "any",
     "cpu": "x86-64: AVX-512 with bf16, AVX-512, AVX2; any other CPU by portable code",
     "triton": "NVIDIA GPUs from compute capability 8.0",
-    "cuda": "NVIDIA GPUs",
+    "cuda": "NVIDIA GPUs from compute capability 8.0, where `LINATTN_BACKEND=cuda` asks for it",
 }
 #: Op family -> its ops; the family's name is that of its kernel files.
 FAMILIES = {
