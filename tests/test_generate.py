@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -1282,3 +1283,19 @@ def test_a_damaged_stage_of_a_record_is_refused_by_its_number(generate, recorded
     recorded.write_text(json.dumps(record))
     status, paths, err = generate("--from", recorded, "--out", "again.png")
     assert (status, paths) == (1, []) and "is damaged: request.stages.1 missing" in err
+
+
+def test_pipeline_saved_with_perflows_scheduler_is_drawn_with(tmp_path):
+    """diffusers finds the class only in a module that somebody has imported; so in a process of its own."""
+    from diffusers import DiffusionPipeline
+
+    from linattn.schedulers import PeRFlowScheduler
+
+    pipe = DiffusionPipeline.from_pretrained(bundled.path("tiny_sd"))
+    pipe.scheduler = PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="diff_eps", num_time_windows=4)
+    pipe.save_pretrained(tmp_path / "pipe")
+    options = ["--model", tmp_path / "pipe", "--attention", "stock", "--steps", "4", "--size", "64"]
+    command = [sys.executable, "-m", "linattn", "generate", "a two", "--out", tmp_path / "two.png", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "two.png").size == (64, 64)

@@ -1240,3 +1240,14 @@ def test_the_example_enlarges_as_the_pipeline_does(infdit, tmp_path, monkeypatch
     assert "wrote large.png, 27 x 21 pixels" in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert np.array_equal(pixels("large.png"), np.asarray(in_python(infdit, "cat.png", scale=3, seed=2)))
+
+
+def test_steps_are_those_that_the_models_card_was_scored_with(tmp_path):
+    from linattn import bundled
+    from linattn.cli._models import steps_of
+
+    source = types.SimpleNamespace(path=tmp_path)
+    assert steps_of(source) == 20
+    (tmp_path / "card.json").write_text('{"scores": {"steps": [4, 8]}}')
+    assert steps_of(source) == 4
+    assert steps_of(types.SimpleNamespace(path=bundled.path("tiny_infdit"))) == 2

@@ -37,6 +37,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": Kind("StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", 2, 1),
 }
 USUAL_GUIDANCE = 2.5  # of models that draw canvases, where nothing says another
+USUAL_STEPS = 20  # of upscalers
 
 
 class Problem(Exception):
@@ -133,6 +134,14 @@ def guidance_of(source: Source) -> float:
         return float(json.loads((source.path / "card.json").read_text())["scores"]["settings"]["guidance_scale"])
     except (FileNotFoundError, KeyError):
         return USUAL_GUIDANCE
+
+
+def steps_of(source: Source) -> int:
+    """The steps that an upscaler was scored with first, from the card that its training wrote."""
+    try:
+        return int(json.loads((source.path / "card.json").read_text())["scores"]["steps"][0])
+    except (FileNotFoundError, KeyError, IndexError):
+        return USUAL_STEPS
 
 
 def fetch(source: Source, revision: str | None, patterns: list[str]) -> Path:

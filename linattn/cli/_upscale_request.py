@@ -20,7 +20,6 @@ FORMAT = "linattn upscale 1"
 MODEL = "tiny_infdit"
 SCALE = 4.0
 DEFAULTS = {
-    "steps": 20,
     "start": "lr",
     "seed": 0,
     "max_memory": "auto",
@@ -51,7 +50,7 @@ class Request:
     scale: float | int | None
     width: int | None
     height: int | None
-    steps: int
+    steps: int | None
     sampler: str | None
     start: str
     seed: int
@@ -76,7 +75,7 @@ def dashed(name: str) -> str:
 
 
 def from_arguments(args: argparse.Namespace) -> Request:
-    """The request as the options say it; what the model decides (sampler) is still None."""
+    """The request as the options say it; what the model decides (sampler, steps) is still None."""
     values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Request)}
     values |= {name: default for name, default in DEFAULTS.items() if values[name] is None}
     if args.size is not None:

@@ -202,6 +202,8 @@ def load_pipeline(path):
     import torch
     import transformers
 
+    from linattn.schedulers import PeRFlowScheduler  # noqa: F401 (pipelines saved with it: diffusers imports nothing)
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -435,6 +435,8 @@ def _load(request: Request, layout: Layout, sources: dict[str, Source | None]):
     import torch
     import transformers
 
+    from linattn.schedulers import PeRFlowScheduler  # noqa: F401 (pipelines saved with it: diffusers imports nothing)
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     first = layout.class_name if request.image is None or request.stages is not None else layout.kind.img2img

@@ -33,6 +33,7 @@ from linattn._quiet import quiet_diffusers
 from linattn.cli import _record, _upscale_files, _upscale_pictures, _upscale_request
 from linattn.cli._machine import arithmetic, check_device, check_installed
 from linattn.cli._models import (
+    USUAL_STEPS,
     Problem,
     Source,
     check_safetensors,
@@ -42,6 +43,7 @@ from linattn.cli._models import (
     locate,
     raise_if_memory,
     read_config,
+    steps_of,
 )
 from linattn.cli._upscale_files import Stop
 from linattn.cli._upscale_pictures import FORMATS
@@ -133,7 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help=f"denoising steps; heun calls the network 2 N - 1 times, the others N times [{DEFAULTS['steps']}]",
+        help="denoising steps; heun calls the network 2 N - 1 times, the others N times [those that the model's card "
+        f"was scored with, else {USUAL_STEPS}]",
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help="[the model's own; heun for Inf-DiT]")
     parser.add_argument(
@@ -393,6 +396,8 @@ def _parts(model: Source, revision: str | None) -> Parts:
 
 def _settle(request: Request, model: Source) -> None:
     """Fill in what model and device decide."""
+    if request.steps is None:
+        request.steps = steps_of(model)
     if request.sampler is None:
         request.sampler = read_config(model, "scheduler/scheduler_config.json").get("sampler", SAMPLERS[0])
     if request.dtype == "auto":

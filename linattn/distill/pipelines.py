@@ -433,6 +433,8 @@ def load(
     if "safety_checker" in config:
         without["requires_safety_checker"] = False
     loader = pipeline_class if name in FOREIGN else DiffusionPipeline
+    from ..schedulers import PeRFlowScheduler  # noqa: F401 (pipelines saved with it: diffusers imports nothing)
+
     with quiet_diffusers():  # it warns that the safety checker is off, which matters where pictures are served
         pipeline = loader.from_pretrained(name_or_path, use_safetensors=True, **without, **options)
     if image_encoder is not None:
