@@ -76,22 +76,25 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Halo:
     """What a layer hands from strip to strip: keys and values (B, block * width, H, D) of the last row of blocks.
 
-    An object that is emptied and filled again, so that what has been read is not held by whoever passed it on.
+    Its memory is there from the beginning: pieces that are allocated anew for every strip, between tensors that come
+    and go, would leave holes in the heap.
+
+    Args:
+        keys, values: memory for them; None where there is but one strip.
     """
 
-    def __init__(self):
-        self.wanted = True  # whether a strip comes below
-        self._pair: tuple[Tensor, Tensor] | None = None
-
-    def __bool__(self) -> bool:
-        return self._pair is not None
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None):
+        self._pair = None if keys is None else (keys, values)
+        self.filled = False
 
     def take(self) -> tuple[Tensor, Tensor]:
-        pair, self._pair = self._pair, None
-        return pair
+        return self._pair
 
     def put(self, keys: Tensor, values: Tensor) -> None:
-        self._pair = keys, values
+        if self._pair is not None:
+            for own, new in zip(self._pair, (keys, values), strict=True):
+                own.copy_(new)
+            self.filled = True
 
 
 class BlockCausalSelfAttention(nn.Module):
@@ -271,7 +274,7 @@ class InfDiTBlock(nn.Module):
         rows, width, attn = positions.rows, positions.width, self.attn
         shift1, scale1, shift2, scale2 = self.modulation(emb).chunk(4, 1)
         row = self.block * width
-        above = row if halo else 0
+        above = row if halo.filled else 0
         k, v = (x.new_empty(len(x), above + x.shape[1], attn.heads, x.shape[2] // attn.heads) for _ in range(2))
         if above:
             k[:, :above], v[:, :above] = halo.take()
@@ -286,11 +289,8 @@ class InfDiTBlock(nn.Module):
             del parts, target  # they hold a piece and all values
         out = attn(q, k, v, width)
         del q
-        # Copies: views would keep the keys and values of the whole strip.
-        k = k[:, -row:].clone() if halo.wanted else None
-        v = v[:, -row:].clone() if halo.wanted else None
-        if halo.wanted:
-            halo.put(k, v)
+        halo.put(k[:, -row:], v[:, -row:])
+        del k, v
         pieces = [slice(first * width, min(first + step, rows) * width) for first in range(0, rows, step)]
         for piece in pieces:
             x[:, piece] += attn.to_out[0](out[:, piece])
@@ -596,24 +596,29 @@ class InfDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         places = [slice(s.first * columns, (s.first + s.rows) * columns) for s in strips]
         for strip, place in zip(strips, places, strict=True):
             x[:, place] = self._embed(read(strip.first * size, (strip.first + strip.rows) * size))
+        halo = self._halo(strips, len(emb))
         for layer in self.transformer_blocks:
-            halo = Halo()
+            halo.filled = False
             for strip, place in zip(strips, places, strict=True):
-                halo.wanted = strip is not strips[-1]
                 layer(x[:, place], emb, strip, context, halo)
         yield from self._emit(x, emb, Positions(0, total, columns))
 
     @torch.no_grad()
     def _streaming(self, read, strips, emb, context):
         size = self.config.patch_size
-        halos = [Halo() for _ in self.transformer_blocks]
+        halos = [self._halo(strips, len(emb)) for _ in self.transformer_blocks]
         for strip in strips:
             top, bottom = strip.first * size, (strip.first + strip.rows) * size
             x = self._embed(read(top, bottom)).contiguous()
             for layer, halo in zip(self.transformer_blocks, halos, strict=True):
-                halo.wanted = strip is not strips[-1]
                 layer(x, emb, strip, context, halo)
             yield from self._emit(x, emb, strip)
+
+    def _halo(self, strips: list[Positions], batch: int) -> Halo:
+        """An empty one, for strips as wide as these."""
+        heads = self.config.num_attention_heads
+        size = (batch, self.config.block_size * strips[0].width, heads, self.config.hidden_size // heads)
+        return Halo(*(self.patch_embed.weight.new_empty(size) for _ in range(2))) if len(strips) > 1 else Halo()
 
     def _emit(self, x: Tensor, emb: Tensor, strip: Positions) -> Iterator[tuple[int, int, Tensor]]:
         """The pixels of a strip of tokens, one row of blocks at a time."""
