@@ -261,5 +261,6 @@ def test_quick_demo_shows_and_scores_all_ways(tmp_path):
     assert set(figures["scores"]) == set(figures["seconds"]) == {"bicubic", "lanczos", "linattn"}
     assert figures["scores"]["linattn"]["psnr above bicubic"][0] > 0
     assert figures["backend"] in ("cpu", "reference") and f"backend {figures['backend']!r}" in done.stdout
+    assert figures["peak_bytes"] is None or figures["peak_bytes"] > 5 * 2**20
     picture = Image.open(tmp_path / "infdit.png")
     assert picture.width > 4 * 384 and picture.height > 3 * 256

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +50,8 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
     Writes infdit.png (the pictures side by side) and infdit.json (every figure).
     """
     import torch
-    from diffusers.utils import logging
 
-    from linattn import backend, bundled
-    from linattn._quiet import quiet_diffusers
-    from linattn.adapters import InfDiTUpscalePipeline
+    from linattn import backend
     from linattn.bundled import photographs
 
     runs_on = backend.choose("block_causal_attention", torch.device("cpu"), torch.float32)
@@ -60,22 +59,13 @@ def run(out: Path, *, quick: bool, report) -> list[Path]:
         f"torch {torch.__version__}, threads: {torch.get_num_threads()}; "
         f"block_causal_attention runs on backend {runs_on!r}"
     )
-    logging.disable_progress_bar()
-    with quiet_diffusers():
-        pipe = InfDiTUpscalePipeline.from_pretrained(bundled.path(MODEL), local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    photograph = photographs.original(PHOTOGRAPH)
-    if quick:
-        photograph = photograph.crop(QUICK)
+    pipe, photograph = _pipeline(), _photograph(quick)
     small = photographs.small(photograph)
     report(f"enlarging {small.width} x {small.height} to {photograph.width} x {photograph.height} pixels ...")
 
-    def ours():
-        return pipe(small, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(SEED)).images[0]
-
     ways = {name: lambda name=name: photographs.enlarged(small, name) for name in ("bicubic", "lanczos")}
-    ways["linattn"] = ours
-    peak = _peak_bytes(ours)  # first of all: what a process has had once it may keep
+    ways["linattn"] = lambda: _enlarged(pipe, small)
+    peak = _peak_bytes(quick)
     pictures = {name: way() for name, way in ways.items()}  # which warms up, too
     seconds = {name: _median_seconds(way, rounds=1 if quick else 3) for name, way in ways.items()}
     score = photographs.Score(photograph, pictures)
@@ -128,21 +118,57 @@ def _median_seconds(way: Callable[[], object], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def _peak_bytes(way: Callable[[], object]) -> int | None:
-    """Growth of this process's resident memory at its highest during a call; None where the system does not tell."""
+def _pipeline():
+    from diffusers.utils import logging
+
+    from linattn import bundled
+    from linattn._quiet import quiet_diffusers
+    from linattn.adapters import InfDiTUpscalePipeline
+
+    logging.disable_progress_bar()
+    with quiet_diffusers():
+        pipe = InfDiTUpscalePipeline.from_pretrained(bundled.path(MODEL), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _photograph(quick: bool):
+    from linattn.bundled import photographs
+
+    photograph = photographs.original(PHOTOGRAPH)
+    return photograph.crop(QUICK) if quick else photograph
+
+
+def _enlarged(pipe, small):
+    import torch
+
+    return pipe(small, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(SEED)).images[0]
+
+
+def _peak_bytes(quick: bool) -> int | None:
+    """Growth of resident memory while the model enlarges, in a process of its own: this one may keep what it once had.
+
+    None where the system does not tell.
+    """
+    command = [sys.executable, "-c", f"from {__name__} import _growth; print(_growth({quick}))"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def _growth(quick: bool) -> int:
+    from linattn.bundled import photographs
+
     process = Path("/proc/self")
 
     def resident(field: str) -> int:
         lines = (process / "status").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
-    try:
-        (process / "clear_refs").write_text("5")  # resets the highest
-        before = resident("VmRSS")
-        way()
-        return max(0, resident("VmHWM") - before)
-    except (OSError, StopIteration):
-        return None
+    pipe, small = _pipeline(), photographs.small(_photograph(quick))
+    (process / "clear_refs").write_text("5")  # resets the highest
+    before = resident("VmRSS")
+    _enlarged(pipe, small)
+    return resident("VmHWM") - before
 
 
 def _picture(photograph, small, pictures: dict, figures: dict):
