@@ -618,21 +618,8 @@ def test_gradient_checkpointing_changes_no_bit(folders, tmp_path):
 
 
 def train_sharded(folders, out, *overrides):
-    """One process of a run under FSDP, as `accelerate launch --use_fsdp` sets it up; only on a CPU it refuses to."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    runs.reset_accelerator()
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["InfDiTBlock"],
-        state_dict_type="SHARDED_STATE_DICT",
-    )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    """One process of a run under FSDP."""
+    accelerator = runs.sharded_accelerator("InfDiTBlock")
     trainer = Trainer(
         small(folders, out, *overrides),
         pipeline_class=InfDiTUpscalePipeline,

@@ -23,7 +23,7 @@ pytest.importorskip("diffusers", reason='distillation needs the extra: pip insta
 pytest.importorskip("pydantic", reason='distillation needs the extra: pip install "linattn[train]"')
 pytest.importorskip("tensorboard", reason='distillation needs the extra: pip install "linattn[train]"')
 
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from helpers import runs
 from helpers.runs import free_port, reset_accelerator
@@ -394,20 +394,8 @@ def test_run_goes_on_with_another_number_of_processes_at_the_next_sample(folders
 
 
 def train_sharded(folders, out, *overrides):
-    """One process of a run under FSDP, as `accelerate launch --use_fsdp` sets it up; only on a CPU it refuses to."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
-
-    reset_accelerator()
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["BasicTransformerBlock"],
-        state_dict_type="SHARDED_STATE_DICT",
-    )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    """One process of a run under FSDP."""
+    accelerator = runs.sharded_accelerator("BasicTransformerBlock")
     trainer = Trainer(small(folders, out, *overrides), LinFusion, accelerator=accelerator, say=lambda _: None)
     trainer.run()
     pieces = {type(p).__name__ for p in trainer.student.model.parameters()}

@@ -38,11 +38,11 @@ from .common import (
     launched_on_tensor_device,
     load_rows,
     multiprocessors,
-    outer_strides,
     positive_scale,
     reduce_partials,
     store_rows,
     stride_unit,
+    strides,
     tensor_core,
 )
 
@@ -672,7 +672,7 @@ def forward(q, k, v, slot_embed, height, width, block, clamp, q_row, scale, out,
     config = blocks("forward", D, q.dtype, tensor_core(q.device), block)
     forward_kernel[(_programs(config, "QUERY", block, rows, columns, B * H),)](
         q, k, v, lse if slot_embed is None else slot_embed, out, lse, H, rows, columns, block, q_row // block, slots,
-        *outer_strides(q, unit), *outer_strides(k, unit), *outer_strides(v, unit), *outer_strides(out, unit), scale, D,
+        *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(out, unit), scale, D,
         CLAMP=clamp, UNIT=unit, **config,
     )  # fmt: skip
 
@@ -705,22 +705,22 @@ def backward(
     config = blocks("statistics", D, q.dtype, core, block)
     statistics_kernel[(_programs(config, "QUERY", block, rows, columns, B * H),)](
         grad_out, lse if grad_lse is None else grad_lse, q, embed, out, lse, stats, *sizes, slots, B * H * N,
-        *outer_strides(grad_out, unit), *outer_strides(q, unit), *outer_strides(out, unit), scale,
+        *strides(grad_out, unit), *strides(q, unit), *strides(out, unit), scale,
         CLAMP=clamp, HAS_GRAD_LSE=grad_lse is not None, UNIT=unit, **config,
     )  # fmt: skip
     unit = stride_unit(grad_out, q, k, v, grad_k, grad_v)
     config = blocks("grad_key", D, q.dtype, core, block)
     k_rows = height // block
     grad_key_kernel[(_programs(config, "KEY", block, k_rows, columns, B * H),)](
-        grad_out, q, k, v, lse, stats, grad_k, grad_v, *sizes, k_rows, B * H * N, *outer_strides(grad_out, unit),
-        *outer_strides(q, unit), *outer_strides(k, unit), *outer_strides(v, unit), *outer_strides(grad_k, unit),
-        *outer_strides(grad_v, unit), scale, D, UNIT=unit, **config,
+        grad_out, q, k, v, lse, stats, grad_k, grad_v, *sizes, k_rows, B * H * N, *strides(grad_out, unit),
+        *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(grad_k, unit),
+        *strides(grad_v, unit), scale, D, UNIT=unit, **config,
     )  # fmt: skip
     unit = stride_unit(grad_out, q, k, v, grad_q)
     config = blocks("grad_query", D, q.dtype, core, block)
     grad_query_kernel[(_programs(config, "QUERY", block, rows, columns, B * H),)](
-        grad_out, q, k, v, embed, lse, stats, grad_q, *sizes, slots, B * H * N, *outer_strides(grad_out, unit),
-        *outer_strides(q, unit), *outer_strides(k, unit), *outer_strides(v, unit), *outer_strides(grad_q, unit),
+        grad_out, q, k, v, embed, lse, stats, grad_q, *sizes, slots, B * H * N, *strides(grad_out, unit),
+        *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(grad_q, unit),
         scale, D, CLAMP=clamp, HAS_EMBED=has_embed, UNIT=unit, **config,
     )  # fmt: skip
     if has_embed:
@@ -747,6 +747,6 @@ def _grad_embed(q: torch.Tensor, stats: torch.Tensor, scale: float, grad_slot_em
     part = torch.empty(B * chunks * 4 * H * D, dtype=torch.float32, device=q.device)
     unit = stride_unit(q)
     grad_embed_kernel[(B * chunks * H,)](
-        q, stats, part, H, B * H * N, chunk, chunks, *outer_strides(q, unit), scale, UNIT=unit, **embed_blocks(D)
+        q, stats, part, H, B * H * N, chunk, chunks, *strides(q, unit), scale, UNIT=unit, **embed_blocks(D)
     )
     reduce_partials(part, B * chunks, grad_slot_embed, None)

@@ -298,7 +298,7 @@ def launched_on_tensor_device(launcher):
     return launch
 
 
-def outer_strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
+def strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
     """Strides of (B, H, N) of a (B, H, N, D) tensor in units of `unit` elements."""
     b, h, n, _ = tensor.stride()
     return b // unit, h // unit, n // unit

@@ -34,7 +34,7 @@ rounding. bfloat16 has the range to round kv itself; for float16 kv is first bro
 (common.fit_float16), so that neither a long sum nor a tiny gradient falls out of its range.
 """
 
-from functools import lru_cache, wraps
+from functools import lru_cache
 
 import torch
 import triton
@@ -46,11 +46,11 @@ from .common import (
     RUNTIME_ARGUMENTS,
     fit_float16,
     head_tile,
+    launched_on_tensor_device,
     load_matrix,
     load_rows,
     load_vector,
     multiprocessors,
-    on_device,
     phi,
     phi_slope,
     reduce_partials,
@@ -59,6 +59,7 @@ from .common import (
     store_matrix,
     store_rows,
     stride_unit,
+    strides,
     tensor_core,
     vector_operand,
 )
@@ -676,30 +677,11 @@ def blocks(kernel: str, D: int, E: int) -> dict:
     return {"D0": D0, "D1": D1, "E0": E0, "E1": E1, "BLOCK_N": 64, "num_warps": warps, "num_stages": stages}
 
 
-def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
-    b, h, n, _ = tensor.stride()
-    return b // unit, h // unit, n // unit
-
-
-def _launched_on_tensor_device(launcher):
-    """Triton launches on the current device; go to the tensors' device first where that is another."""
-
-    @wraps(launcher)
-    def launch(*arguments):
-        device = on_device(arguments[0])
-        if device is None:
-            return launcher(*arguments)
-        with device:
-            return launcher(*arguments)
-
-    return launch
-
-
 # Keys of one head that a program of forward_short_kernel reads by itself (about 4 us of one SM's bandwidth).
 SHORT_BYTES = 384 * 1024
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def forward(q, k, v, q_denom, k_denom, feature_map, normalize, scale, eps, out, kv, k_sum):
     """out = phi(q) (scale kv) / (phi(q_denom or q) . k_sum / M + eps); kv and k_sum are filled where given.
 
@@ -728,14 +710,14 @@ def forward(q, k, v, q_denom, k_denom, feature_map, normalize, scale, eps, out, 
     chunk = -(-N // (runs * block)) * block
     forward_short_kernel[(B * H, -(-N // chunk))](
         q, k, v, qd, kd, out, out if kv is None else kv, out if kv is None else k_sum, H, N, M, chunk,
-        *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(qd, unit), *_strides(kd, unit),
-        *_strides(out, unit), scale, 1.0 / M, eps,
+        *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(qd, unit), *strides(kd, unit),
+        *strides(out, unit), scale, 1.0 / M, eps,
         D=D, E=E, FEATURE=feature_map, HAS_QD=q_denom is not None, HAS_KD=k_denom is not None, NORMALIZE=normalize,
         STATE=kv is not None, UNIT=unit, **config,
     )  # fmt: skip
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def state(k, v, k_denom, feature_map, kv, k_sum):
     """kv = sum_j phi(k_j)^T v_j and k_sum = sum_j phi(k_denom or k)_j."""
     B, H, M, D = k.shape
@@ -750,7 +732,7 @@ def state(k, v, k_denom, feature_map, kv, k_sum):
     splits, chunk = split_tokens(M, H, E, 1, multiprocessors(k.device))
     part, kv_part, sum_part = _partials(splits, kv, k_sum)
     state_kernel[(B * H, splits)](
-        k, v, kd, kv_part, sum_part, H, M, chunk, *_strides(k, unit), *_strides(v, unit), *_strides(kd, unit),
+        k, v, kd, kv_part, sum_part, H, M, chunk, *strides(k, unit), *strides(v, unit), *strides(kd, unit),
         D=D, E=E, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **blocks("state", D, E),
     )  # fmt: skip
     if splits > 1:
@@ -765,7 +747,7 @@ def _partials(splits: int, kv: torch.Tensor, k_sum: torch.Tensor):
     return part, part, part[splits * kv.numel() :]
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, out):
     """out = phi(q) (scale kv) / (phi(q_denom or q) . k_sum inv_count + eps); no division unless normalize."""
     B, H, N, D = q.shape
@@ -780,13 +762,13 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     config = blocks("apply", D, E)
     runs, chunk = run_tokens(N, B * H, config["BLOCK_N"], multiprocessors(q.device))
     apply_kernel[(B * H, runs)](
-        q, qd, kv, k_sum, out, H, N, chunk, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
+        q, qd, kv, k_sum, out, H, N, chunk, *strides(q, unit), *strides(qd, unit), *strides(out, unit),
         scale, inv_count, eps,
         D=D, E=E, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit, **config,
     )  # fmt: skip
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def apply_backward(
     grad_out, q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps,
     grad_q, grad_q_denom, grad_kv, grad_k_sum,
@@ -829,8 +811,8 @@ def apply_backward(
     for half in halves:
         apply_backward_kernel[(B * H, splits)](
             grad_out, q, qd, kv, k_sum, grad_q, gqd, kv_part, sum_part, H, N, chunk,
-            *_strides(grad_out, unit), *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit),
-            *_strides(gqd, unit), scale, inv_count, eps,
+            *strides(grad_out, unit), *strides(q, unit), *strides(qd, unit), *strides(grad_q, unit),
+            *strides(gqd, unit), scale, inv_count, eps,
             D=D, E=E, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize,
             ROWS=half != "state", STATE=half != "rows", UNIT=unit, **blocks(f"apply_backward_{half}", D, E),
         )  # fmt: skip
@@ -838,7 +820,7 @@ def apply_backward(
         reduce_partials(part, splits, grad_kv, grad_k_sum)
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad_v, grad_k_denom):
     """grad_v = phi(k) grad_kv;  grad_k = (v grad_kv^T [+ grad_k_sum]) phi'(k);
 
@@ -857,7 +839,7 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     runs, chunk = run_tokens(M, B * H, config["BLOCK_N"], multiprocessors(k.device))
     state_backward_kernel[(B * H, runs)](
         grad_kv, grad_k_sum, k, v, kd, grad_k, grad_v, gkd, H, M, chunk,
-        *_strides(k, unit), *_strides(v, unit), *_strides(kd, unit), *_strides(grad_k, unit), *_strides(grad_v, unit),
-        *_strides(gkd, unit),
+        *strides(k, unit), *strides(v, unit), *strides(kd, unit), *strides(grad_k, unit), *strides(grad_v, unit),
+        *strides(gkd, unit),
         D=D, E=E, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **config,
     )  # fmt: skip

@@ -31,6 +31,7 @@ from .common import (
     store_matrix,
     store_rows,
     stride_unit,
+    strides,
 )
 
 
@@ -359,11 +360,6 @@ def state_blocks(D: int, E: int, dtype: torch.dtype) -> dict:
     }
 
 
-def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
-    b, h, n, _ = tensor.stride()
-    return b // unit, h // unit, n // unit
-
-
 def launch_state(k, v, k_denom, weights, feature_map, scale, inv_count, eps, kv, k_sum):
     """State of (k, v); with weights (= k_sum of the forward) the grad_kv of (q, dO), and k_sum is left alone."""
     B, H, M, D = k.shape
@@ -379,7 +375,7 @@ def launch_state(k, v, k_denom, weights, feature_map, scale, inv_count, eps, kv,
         kv_part, sum_part = part, part[splits * kv.numel() :]
     wide_state_kernel[(B * H, splits, tiles)](
         k, v, kd, kv_part, sum_part, kv if weights is None else weights, H, M, chunk,
-        *_strides(k, unit), *_strides(v, unit), *_strides(kd, unit), scale, inv_count, eps,
+        *strides(k, unit), *strides(v, unit), *strides(kd, unit), scale, inv_count, eps,
         D=D, E=E, FEATURE=feature_map, HAS_DENOM=k_denom is not None, WEIGHTED=weights is not None, UNIT=unit, **blocks,
     )  # fmt: skip
     if splits > 1:
@@ -398,7 +394,7 @@ def apply(q, q_denom, kv, k_sum, feature_map, normalize, scale, inv_count, eps, 
     blocks = row_blocks(q.dtype)
     E0, E1 = head_tile(E)
     wide_apply_kernel[(B * H * triton.cdiv(N, blocks["BLOCK_N"]),)](
-        q, qd, kv, k_sum, out, B * H, H, N, D, *_strides(q, unit), *_strides(qd, unit), *_strides(out, unit),
+        q, qd, kv, k_sum, out, B * H, H, N, D, *strides(q, unit), *strides(qd, unit), *strides(out, unit),
         scale, inv_count, eps,
         D=D, E=E, E0=E0, E1=E1, FEATURE=feature_map, NORMALIZE=normalize, UNIT=unit, **blocks,
     )  # fmt: skip
@@ -417,8 +413,8 @@ def grad_q(
     if q.dtype != torch.float32:
         D0, D1 = (128, 128) if D > 128 else (max(16, triton.next_power_of_2(D)), 0)  # others spill
     wide_grad_q_kernel[(B * H, splits)](
-        grad_out, q, qd, kv, k_sum, grad_q, gqd, sum_partials, H, N, chunk, E, *_strides(grad_out, unit),
-        *_strides(q, unit), *_strides(qd, unit), *_strides(grad_q, unit), *_strides(gqd, unit), scale, inv_count, eps,
+        grad_out, q, qd, kv, k_sum, grad_q, gqd, sum_partials, H, N, chunk, E, *strides(grad_out, unit),
+        *strides(q, unit), *strides(qd, unit), *strides(grad_q, unit), *strides(gqd, unit), scale, inv_count, eps,
         D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=q_denom is not None, NORMALIZE=normalize, UNIT=unit,
         **row_blocks(q.dtype, holds_rows=True),
     )  # fmt: skip
@@ -454,7 +450,7 @@ def state_backward(grad_kv, grad_k_sum, k, v, k_denom, feature_map, grad_k, grad
     blocks = row_blocks(k.dtype)
     D0, D1 = head_tile(D)
     wide_grad_k_kernel[(B * H * triton.cdiv(M, blocks["BLOCK_N"]),)](
-        grad_kv, grad_k_sum, k, v, kd, grad_k, gkd, B * H, H, M, E, *_strides(k, unit), *_strides(v, unit),
-        *_strides(kd, unit), *_strides(grad_k, unit), *_strides(gkd, unit),
+        grad_kv, grad_k_sum, k, v, kd, grad_k, gkd, B * H, H, M, E, *strides(k, unit), *strides(v, unit),
+        *strides(kd, unit), *strides(grad_k, unit), *strides(gkd, unit),
         D=D, E=E, D0=D0, D1=D1, FEATURE=feature_map, HAS_DENOM=k_denom is not None, UNIT=unit, **blocks,
     )  # fmt: skip

@@ -22,18 +22,27 @@ score, no division. Sizes are run-time values: one binary serves every grid and 
 
 Numbers: products take the input dtype (float32 multiplies exactly, on the FMA units: input_precision="ieee") and
 accumulate in float32; p and ds are rounded to the input dtype for their products. The softmax runs in base 2 on raw
-scores with the scale in the exponent's FMA, which wants scale > 0 (_positive_scale). Data flow at head dim 128, 16 bit:
+scores with the scale in the exponent's FMA, which wants scale > 0 (positive_scale). Data flow at head dim 128, 16 bit:
 a program of image_forward holds 32 KB of q and reads 32 KB of k and v per tile for 4.2 MFLOP, 128 FLOP per byte of L2.
 """
 
 import math
-from functools import lru_cache, wraps
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import load_rows, multiprocessors, on_device, store_rows, stride_unit, tensor_core
+from .common import (
+    launched_on_tensor_device,
+    load_rows,
+    multiprocessors,
+    positive_scale,
+    store_rows,
+    stride_unit,
+    strides,
+    tensor_core,
+)
 
 # Every run-time integer and float of the kernels below: none is specialised on (a radius of 1 would be a constant).
 _TENSORS = ("q", "k", "v", "pk", "pv", "o", "g", "gq", "gk", "gv", "x", "w")
@@ -952,25 +961,6 @@ def row_blocks(D: int) -> dict:
     return {"D": D, "BLOCK_D": padded, "BLOCK": max(16, min(64, 4096 // padded)), "num_warps": 4}
 
 
-def _strides(tensor: torch.Tensor, unit: int) -> tuple[int, int, int]:
-    b, h, n, _ = tensor.stride()
-    return b // unit, h // unit, n // unit
-
-
-def _launched_on_tensor_device(launcher):
-    """Triton launches on the current device; go to the tensors' device first where that is another."""
-
-    @wraps(launcher)
-    def launch(*arguments):
-        device = on_device(arguments[0])
-        if device is None:
-            return launcher(*arguments)
-        with device:
-            return launcher(*arguments)
-
-    return launch
-
-
 def split_dense(count: int, rows: int, programs: int, floats: int, block: int, device: torch.device):
     """(splits, chunk) of `count` tokens that each of `rows` tokens per head sees, for partial results of `floats`
     float32 numbers per row and head dim.
@@ -1007,14 +997,7 @@ class _Geometry:
         self.images = images
 
 
-def _positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """The same scores with scale > 0, well inside float32; the usual case costs nothing."""
-    if scale >= 1e-30:
-        return q, scale
-    return (-q, -scale) if scale <= -1e-30 else (q * 0.0, 1.0)
-
-
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def forward(
     q, k, v, pooled_k, pooled_v, height, width, radius, text_length, text_first, q_row, q_text_length, scale, out, lse
 ):
@@ -1026,7 +1009,7 @@ def forward(
     if B * H * N == 0:
         return
     at = _Geometry(q, k, height, width, radius, text_length, text_first, q_row, q_text_length)
-    q, scale = _positive_scale(q, scale)
+    q, scale = positive_scale(q, scale)
     core = tensor_core(q.device)
     if at.images:
         has_pooled = pooled_k is not None and pooled_k.shape[2] > 0
@@ -1036,8 +1019,8 @@ def forward(
         tiles = -(-at.q_rows // config["QUERY_Y"]) * -(-width // config["QUERY_X"])
         image_forward_kernel[(tiles * B * H,)](
             q, k, v, pk, pv, out, lse, H, N, height, width, at.radius, at.text, at.k_text, at.k_image, pk.shape[2],
-            q_row, at.q_rows, at.q_image, *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
-            *_strides(pk, unit), *_strides(pv, unit), *_strides(out, unit), scale, D,
+            q_row, at.q_rows, at.q_image, *strides(q, unit), *strides(k, unit), *strides(v, unit),
+            *strides(pk, unit), *strides(pv, unit), *strides(out, unit), scale, D,
             HAS_POOLED=has_pooled, UNIT=unit, **config,
         )  # fmt: skip
     if at.q_texts and at.keys == 0:
@@ -1052,14 +1035,14 @@ def forward(
         part_lse = torch.empty(splits, B * H, at.q_texts, dtype=torch.float32, device=q.device)
         unit = stride_unit(q, k, v)
         text_forward_kernel[(groups * B * H, splits)](
-            q, k, v, part, part_lse, H, at.q_text, at.q_texts, at.keys, chunk, *_strides(q, unit), *_strides(k, unit),
-            *_strides(v, unit), scale, D, UNIT=unit, **config,
+            q, k, v, part, part_lse, H, at.q_text, at.q_texts, at.keys, chunk, *strides(q, unit), *strides(k, unit),
+            *strides(v, unit), scale, D, UNIT=unit, **config,
         )  # fmt: skip
         config = row_blocks(D)
         config["BLOCK_Q"] = config.pop("BLOCK")
         unit = stride_unit(out)
         text_merge_kernel[(-(-at.q_texts // config["BLOCK_Q"]) * B * H,)](
-            part, part_lse, out, lse, H, N, at.q_text, at.q_texts, splits, *_strides(out, unit), UNIT=unit, **config
+            part, part_lse, out, lse, H, N, at.q_text, at.q_texts, splits, *strides(out, unit), UNIT=unit, **config
         )
 
 
@@ -1069,11 +1052,11 @@ def _sum_partials(part: torch.Tensor, out: torch.Tensor) -> None:
     unit = stride_unit(out)
     B, H, count, _ = out.shape
     sum_partials_kernel[(-(-count // config["BLOCK"]) * B * H,)](
-        part, out, H, count, part.shape[0], *_strides(out, unit), UNIT=unit, **config
+        part, out, H, count, part.shape[0], *strides(out, unit), UNIT=unit, **config
     )
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def backward(
     grad_out, grad_lse, q, k, v, pooled_k, pooled_v, out, lse, height, width, radius, text_length, text_first, q_row,
     q_text_length, scale, grad_q, grad_k, grad_v, grad_pooled_k, grad_pooled_v,
@@ -1104,9 +1087,9 @@ def backward(
         tiles = -(-at.q_rows // config["QUERY_Y"]) * -(-width // config["QUERY_X"])
         image_grad_query_kernel[(tiles * B * H,)](
             grad_out, glse, q, k, v, pk, pv, out, lse, stats, grad_q, H, N, height, width, at.radius, at.text,
-            at.k_text, at.k_image, pk.shape[2], q_row, at.q_rows, at.q_image, *_strides(grad_out, unit),
-            *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(pk, unit), *_strides(pv, unit),
-            *_strides(out, unit), *_strides(grad_q, unit), scale, D,
+            at.k_text, at.k_image, pk.shape[2], q_row, at.q_rows, at.q_image, *strides(grad_out, unit),
+            *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(pk, unit), *strides(pv, unit),
+            *strides(out, unit), *strides(grad_q, unit), scale, D,
             HAS_POOLED=has_pooled, HAS_GRAD_LSE=has_lse, UNIT=unit, **config,
         )  # fmt: skip
     if at.q_texts:
@@ -1117,7 +1100,7 @@ def backward(
         part = torch.empty(splits, B * H, at.q_texts, D, dtype=torch.float32, device=q.device)
         text_grad_query_kernel[(groups * B * H, splits)](
             grad_out, glse, q, k, v, out, lse, stats, part, H, N, at.q_text, at.q_texts, at.keys, chunk,
-            *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(out, unit),
+            *strides(grad_out, unit), *strides(q, unit), *strides(k, unit), *strides(v, unit), *strides(out, unit),
             scale, D, HAS_GRAD_LSE=has_lse, UNIT=unit, **config,
         )  # fmt: skip
         _sum_partials(part, grad_q[:, :, at.q_text : at.q_text + at.q_texts])
@@ -1127,8 +1110,8 @@ def backward(
         tiles = -(-height // config["KEY_Y"]) * -(-width // config["KEY_X"])
         image_grad_key_kernel[(tiles * B * H,)](
             grad_out, q, k, v, stats, grad_k, grad_v, H, N, height, width, at.radius, at.k_image, q_row, at.q_rows,
-            at.q_image, at.q_text, at.q_texts, *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit),
-            *_strides(v, unit), *_strides(grad_k, unit), *_strides(grad_v, unit), scale, D, UNIT=unit, **config,
+            at.q_image, at.q_text, at.q_texts, *strides(grad_out, unit), *strides(q, unit), *strides(k, unit),
+            *strides(v, unit), *strides(grad_k, unit), *strides(grad_v, unit), scale, D, UNIT=unit, **config,
         )  # fmt: skip
     if at.text:
         rows = slice(at.k_text, at.k_text + at.text)
@@ -1151,7 +1134,7 @@ def _grad_key_dense_launch(grad_out, q, k, v, stats, first, count, scale, grad_k
     part = torch.empty(2, splits, B * H, keys, D, dtype=torch.float32, device=q.device)
     dense_grad_key_kernel[(groups * B * H, splits)](
         grad_out, q, k, v, stats, part[0], part[1], H, q.shape[2], first, count, chunk, keys,
-        *_strides(grad_out, unit), *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), scale, D, UNIT=unit,
+        *strides(grad_out, unit), *strides(q, unit), *strides(k, unit), *strides(v, unit), scale, D, UNIT=unit,
         **config,
     )  # fmt: skip
     _sum_partials(part[0], grad_k)
@@ -1162,7 +1145,7 @@ def _grad_key_dense_launch(grad_out, q, k, v, stats, first, count, scale, grad_k
 POOL_CHUNK = 1024
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def pool(x, weight, height, width, out):
     """out (B, H, P, D): weighted sums of the factor x factor patches of x (B, H, height * width, D).
 
@@ -1176,11 +1159,11 @@ def pool(x, weight, height, width, out):
     config = row_blocks(D)
     pool_kernel[(-(-patches // config["BLOCK"]) * B * H,)](
         x, weight.float().contiguous(), out, H, height, width, factor, -(-width // factor), patches,
-        *_strides(x, unit), *_strides(out, unit), UNIT=unit, **config,
+        *strides(x, unit), *strides(out, unit), UNIT=unit, **config,
     )  # fmt: skip
 
 
-@_launched_on_tensor_device
+@launched_on_tensor_device
 def pool_backward(grad_out, x, weight, height, width, grad_x, grad_weight):
     """grad_x: every token gets its patch's gradient times the sum of the weights it was read with;
 
@@ -1195,15 +1178,15 @@ def pool_backward(grad_out, x, weight, height, width, grad_x, grad_weight):
     config = row_blocks(D)
     unit = stride_unit(grad_out, grad_x)
     pool_grad_x_kernel[(-(-height * width // config["BLOCK"]) * B * H,)](
-        grad_out, weight.float().contiguous(), grad_x, H, height, width, factor, columns, *_strides(grad_out, unit),
-        *_strides(grad_x, unit), UNIT=unit, **config,
+        grad_out, weight.float().contiguous(), grad_x, H, height, width, factor, columns, *strides(grad_out, unit),
+        *strides(grad_x, unit), UNIT=unit, **config,
     )  # fmt: skip
     unit = stride_unit(grad_out, x)
     programs = -(-patches // POOL_CHUNK) * B * H
     part = torch.empty(factor * factor, programs, dtype=torch.float32, device=x.device)
     pool_grad_weight_kernel[(programs,)](
-        grad_out, x, part, H, height, width, factor, columns, patches, POOL_CHUNK, *_strides(grad_out, unit),
-        *_strides(x, unit), UNIT=unit, **config,
+        grad_out, x, part, H, height, width, factor, columns, patches, POOL_CHUNK, *strides(grad_out, unit),
+        *strides(x, unit), UNIT=unit, **config,
     )  # fmt: skip
     sums = torch.empty(factor, factor, dtype=torch.float32, device=x.device)
     pool_sum_kernel[(factor * factor,)](part, sums, programs, BLOCK=1024, num_warps=4)

@@ -86,3 +86,22 @@ def timed(function, *arguments):
     started = time.monotonic()
     function(*arguments)
     return time.monotonic() - started
+
+
+def sharded_accelerator(block):
+    """An Accelerator as `accelerate launch --use_fsdp` sets it up, modules of class `block` wrapped each by itself; on
+    a CPU alone it refuses to."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    reset_accelerator()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[block],
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    return accelerator
