@@ -8,8 +8,9 @@ One class per kind of pipeline, found by the class name in `model_index.json`. A
     latents = models.latents(*models.encode_image(pixels), noise)
     prediction = models.denoiser(models.model)(noisy, timesteps, condition)
 
-What a kind asks of a recipe it says by `objectives` (the kinds of objective that fit its noise schedule) and `multiple`
-(of how many pixels the sides of a picture are multiples).
+What a kind asks of a recipe it says by `objectives` (the kinds of objective that fit its noise schedule), `multiple`
+(of how many pixels the sides of a picture are multiples) and `needs_pixels` (whether the picture itself is part of the
+condition, beside its caption).
 
 Pipelines that draw from captions (`StableDiffusion` and the others that encode text) are teachers. `InfDiT`, which
 enlarges pictures, is trained itself.
@@ -31,6 +32,7 @@ from .._quiet import quiet_diffusers
 from ..evaluate import call_arguments
 from .denoiser import Denoiser, FluxDenoiser, InfDiTDenoiser, SD3Denoiser, UNetDenoiser, unpack
 from .noise import DiscreteSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
+from .noise_process import NoiseProcess
 
 
 def move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -51,6 +53,8 @@ class Kind:
     text_length: int | None = None
     #: Components that training has no use for, and that are not loaded.
     unused: tuple[str, ...] = ()
+    #: Whether part of the condition is made of the picture (`picture_condition`), so that its latents are not enough.
+    needs_pixels: bool = False
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
@@ -85,15 +89,37 @@ class StableDiffusion(Kind):
     """Stable Diffusion 1.x and 2.x: UNet, one CLIP text encoder, VAE."""
 
     component = "unet"
-    objectives = ("attention", "perflow")
+    objectives = ("attention", "perflow", "flash")
     multiple = 8
     unused = ("safety_checker", "feature_extractor", "image_encoder")
 
     def schedule(self) -> NoiseSchedule:
         return DiscreteSchedule(self.pipeline.scheduler)
 
+    def process(self, shift: float | None = None) -> NoiseProcess:
+        """The process that the model was trained on.
+
+        Args:
+            shift: of flow matching; None: as the pipeline's scheduler shifts.
+
+        Raises:
+            ValueError: as `NoiseProcess.from_scheduler`; so without a shift where that depends on the picture's size.
+        """
+        return NoiseProcess.from_scheduler(self.pipeline.scheduler, shift=shift)
+
     def denoiser(self, model: nn.Module) -> Denoiser:
         return UNetDenoiser(model)
+
+    def feature_modules(self) -> tuple[str, ...]:
+        """Modules of the network whose outputs a discriminator looks at; none: it looks at the prediction."""
+        return ("mid_block",)
+
+    def policies(self) -> dict[str, str]:
+        """What takes the place of each entry of the condition where there is none.
+
+        "empty": that entry of the encoded empty caption. "zero". "keep": the entry itself, which is no prompt.
+        """
+        return {"encoder_hidden_states": "empty"}
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move everything frozen to the device, in the type that it computes in.
@@ -118,6 +144,15 @@ class StableDiffusion(Kind):
 
     def encode_sizes(self, original: Tensor, crop: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The part that says where the pixels come from; each argument (B, 2), (height, width) or (top, left)."""
+        return {}
+
+    def picture_condition(self, pixels: Tensor, numbers: Sequence[int], seed: int) -> dict[str, Tensor]:
+        """The part that is made of the pictures themselves (`needs_pixels`).
+
+        Args:
+            pixels: (B, 3, H, W) in -1..1.
+            numbers: the samples' running numbers. What is random about the result depends on them and the seed alone.
+        """
         return {}
 
     @torch.no_grad()
@@ -148,26 +183,29 @@ class StableDiffusion(Kind):
         seed,
         autocast,
         scheduler=None,
+        arguments: Mapping[str, object] | None = None,
     ) -> list:
         """One picture (PIL) per prompt by `model` in the place of the pipeline's own, each from the same seed.
 
         Args:
             scheduler: in the place of the pipeline's own; None: that.
             autocast: function that returns the context in which the model runs; the VAE decodes outside of it.
+            arguments: more of the pipeline's call, such as timesteps; where it has one already, in its place.
         """
         vae = self.pipeline.vae
         pictures = []
         with self._with(model, scheduler):
             for prompt in prompts:
+                options = {
+                    "num_inference_steps": steps,
+                    "height": height,
+                    "width": width,
+                    "generator": torch.Generator().manual_seed(seed),
+                    **self._call_arguments(guidance),
+                    **(arguments or {}),
+                }
                 with autocast():
-                    latents = self._sample(
-                        prompt,
-                        num_inference_steps=steps,
-                        height=height,
-                        width=width,
-                        generator=torch.Generator().manual_seed(seed),
-                        **self._call_arguments(guidance),
-                    )
+                    latents = self._sample(prompt, **options)
                 latents = latents.to(vae.dtype) / vae.config.scaling_factor + self._shift
                 pictures += self.pipeline.image_processor.postprocess(vae.decode(latents).sample.float())
         return pictures
@@ -203,12 +241,17 @@ class StableDiffusionXL(StableDiffusion):
     def encode_sizes(self, original: Tensor, crop: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"time_ids": torch.cat([original, crop, target], dim=1).to(self._device, self.model.dtype)}
 
+    def policies(self) -> dict[str, str]:
+        # As the pipeline guides without a negative prompt; sizes are no prompt.
+        text = "zero" if self.pipeline.config.get("force_zeros_for_empty_prompt", True) else "empty"
+        return {"encoder_hidden_states": text, "text_embeds": text, "time_ids": "keep"}
+
 
 class _FlowTransformer(StableDiffusion):
     """What FLUX and Stable Diffusion 3 have in common: a transformer, flow matching, T5 beside CLIP."""
 
     component = "transformer"
-    objectives = ("flow_attention", "perflow")
+    objectives = ("flow_attention", "perflow", "flash")
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
@@ -217,6 +260,12 @@ class _FlowTransformer(StableDiffusion):
     def schedule(self, **options) -> NoiseSchedule:
         """The flow matching schedule; options: see `FlowSchedule`."""
         return FlowSchedule(self.pipeline.scheduler, **options)
+
+    def feature_modules(self) -> tuple[str, ...]:
+        return ()
+
+    def policies(self) -> dict[str, str]:
+        return {"encoder_hidden_states": "empty", "pooled_projections": "empty"}
 
     def compared_modules(self, interval: int) -> tuple[str, ...]:
         """Names of the attention modules whose outputs student and teacher are compared by.
