@@ -573,7 +573,7 @@ def test_objective_s_settings_reach_the_noise_and_the_guidance(folders, tmp_path
         (
             "linfusion_sd15",
             ["model.pretrained={flux}"],
-            "objective.kind: expected 'flow_attention' or 'perflow' for a FluxPi",
+            "objective.kind: expected 'flow_attention' or 'perflow' or 'flash' for a FluxPi",
         ),
         (
             "clear",
