@@ -7,9 +7,11 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from tqdm import tqdm
 
 # Made by fork, so that a child needs no new imports: tests kill many of them.
 FORK = multiprocessing.get_context("fork")
@@ -25,6 +27,9 @@ def reset_accelerator():
 def in_child(function, *arguments, environment=()):
     def target():
         os.environ.update(environment)
+        # By default a lock that forked processes share: whoever is killed while drawing a bar would keep it for ever,
+        # and all others, the test's own process too, would wait for it.
+        tqdm.set_lock(threading.RLock())
         with open(os.devnull, "w") as quiet:
             os.dup2(quiet.fileno(), 1)
             os.dup2(quiet.fileno(), 2)
