@@ -181,6 +181,17 @@ class CanvasJudge(NamedTuple):
             seen[used] = self.svc.predict(_relative(ink[used]))
         return [tuple(int(digit) for digit in row[mask]) for row, mask in zip(seen, used, strict=True)]
 
+    def scores(self, ink: np.ndarray) -> np.ndarray:
+        """What it decides by, (n, CELLS * 10): how much each cell looks like each digit, zeros where it is empty.
+
+        Features of whole canvases, as those of a classifier of photographs are for photographs.
+        """
+        used = used_cells(ink)
+        scores = np.zeros((*used.shape, len(self.svc.classes_)))
+        if used.any():
+            scores[used] = self.svc.decision_function(_relative(ink[used]))
+        return scores.reshape(len(scores), -1)
+
 
 @functools.cache
 def canvas_judge() -> CanvasJudge:
