@@ -287,15 +287,15 @@ def _t5(width) -> T5EncoderModel:
 
 
 def _vae(**overrides) -> AutoencoderKL:
-    config = {"latent_channels": 4, **overrides}
-    return AutoencoderKL(
-        **config,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        sample_size=IMAGE_SIZE,
-    )
+    config = {
+        "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "sample_size": IMAGE_SIZE,
+    }
+    return AutoencoderKL(**{**config, **overrides})
 
 
 def _text_encoder(cls, tokenizer):

@@ -12,8 +12,10 @@ What a kind asks of a recipe it says by `objectives` (the kinds of objective tha
 (of how many pixels the sides of a picture are multiples) and `needs_pixels` (whether the picture itself is part of the
 condition, beside its caption).
 
-Pipelines that draw from captions (`StableDiffusion` and the others that encode text) are teachers. `InfDiT`, which
-enlarges pictures, is trained itself.
+Pipelines that draw from captions (`StableDiffusion` and the others that encode text), alone or beside a picture
+(`PictureConditioned`), are teachers. `InfDiT`, which enlarges pictures, is trained itself.
+
+A kind of one's own is a subclass of one of these. `load` is given it, with what else it is made with.
 """
 
 from __future__ import annotations
@@ -26,7 +28,31 @@ from ... import bundled
 from ..._quiet import quiet_diffusers
 from .infdit import InfDiT
 from .kind import Kind
-from .text_to_image import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from .picture_conditioned import (
+    PictureConditioned,
+    StableDiffusionInpainting,
+    StableDiffusionUpscaler,
+    StableDiffusionXLAdapter,
+)
+from .text_to_image import Flux, PixArt, StableDiffusion, StableDiffusion3, StableDiffusionXL
+
+__all__ = [
+    "FOREIGN",
+    "KINDS",
+    "Flux",
+    "InfDiT",
+    "Kind",
+    "PictureConditioned",
+    "PixArt",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionInpainting",
+    "StableDiffusionUpscaler",
+    "StableDiffusionXL",
+    "StableDiffusionXLAdapter",
+    "fresh",
+    "load",
+]
 
 #: Class names of pipelines in `model_index.json` -> how to use them.
 KINDS: dict[str, type[Kind]] = {
@@ -34,6 +60,11 @@ KINDS: dict[str, type[Kind]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "FluxPipeline": Flux,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
+    "StableDiffusionInpaintPipeline": StableDiffusionInpainting,
+    "StableDiffusionUpscalePipeline": StableDiffusionUpscaler,
+    "StableDiffusionXLAdapterPipeline": StableDiffusionXLAdapter,
     "InfDiTUpscalePipeline": InfDiT,
 }
 #: Kinds that diffusers does not know, so that somebody has to hand in the class of the pipeline.

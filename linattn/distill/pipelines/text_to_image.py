@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...evaluate import call_arguments
+from ..conditional_denoisers import PixArtDenoiser
 from ..denoiser import Denoiser, FluxDenoiser, SD3Denoiser, UNetDenoiser, unpack
 from ..noise import DiscreteSchedule, FlowSchedule, NoiseSchedule
 from ..noise_process import NoiseProcess
@@ -95,6 +97,11 @@ class StableDiffusion(Kind):
         """A sample of the posterior, at the scale of the diffusion model."""
         return (mean + std * noise - self._shift) * self.pipeline.vae.config.scaling_factor
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents at the scale of the diffusion model -> pictures (B, 3, H, W), about -1..1, with gradients."""
+        vae = self.pipeline.vae
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self._shift).sample.float()
+
     @property
     def _shift(self) -> float:
         return self.pipeline.vae.config.get("shift_factor", None) or 0.0
@@ -121,7 +128,6 @@ class StableDiffusion(Kind):
             autocast: function that returns the context in which the model runs; the VAE decodes outside of it.
             arguments: more of the pipeline's call, such as timesteps; where it has one already, in its place.
         """
-        vae = self.pipeline.vae
         pictures = []
         with self._with(model, scheduler):
             for prompt in prompts:
@@ -135,8 +141,7 @@ class StableDiffusion(Kind):
                 }
                 with autocast():
                     latents = self._sample(prompt, **options)
-                latents = latents.to(vae.dtype) / vae.config.scaling_factor + self._shift
-                pictures += self.pipeline.image_processor.postprocess(vae.decode(latents).sample.float())
+                pictures += self.pipeline.image_processor.postprocess(self.decode(latents))
         return pictures
 
     def _sample(self, prompt: str, **options) -> Tensor:
@@ -281,3 +286,67 @@ class StableDiffusion3(_FlowTransformer):
                 yield f"transformer_blocks.{place}.attn"
                 if block.attn2 is not None:
                     yield f"transformer_blocks.{place}.attn2"
+
+
+class PixArt(StableDiffusion):
+    """PixArt-alpha and PixArt-Sigma: a transformer that predicts noise, T5 alone with its attention mask, and in the
+    larger alpha models the size of the picture.
+
+    Captions go to T5 in lower case, as the pipelines have them; not cleaned of links and markup, which the pipelines do
+    where two more packages are installed. LoRA weights are written for peft's `PeftModel.from_pretrained`: the
+    pipelines read none.
+    """
+
+    component = "transformer"
+    objectives = ("perflow", "flash")
+    chooses_text_length = True
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        self.text_length = call_arguments(pipeline, 1, 1.0)["max_sequence_length"]
+
+    @property
+    def multiple(self) -> int:
+        return self.model.config.patch_size * self.pipeline.vae_scale_factor
+
+    @property
+    def _told_sizes(self) -> bool:
+        return self.model.use_additional_conditions
+
+    def denoiser(self, model: nn.Module) -> Denoiser:
+        return PixArtDenoiser(model)
+
+    def feature_modules(self) -> tuple[str, ...]:
+        return ()
+
+    def policies(self) -> dict[str, str]:
+        sizes = {"resolution": "keep", "aspect_ratio": "keep"} if self._told_sizes else {}
+        return {"encoder_hidden_states": "empty", "encoder_attention_mask": "empty"} | sizes
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            list(captions),
+            do_classifier_free_guidance=False,
+            device=self._device,
+            max_sequence_length=self.text_length,
+        )
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+    def encode_sizes(self, original: Tensor, crop: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if not self._told_sizes:
+            return {}
+        target = target.to(self._device, torch.float32)
+        return {"resolution": target, "aspect_ratio": target[:, :1] / target[:, 1:]}
+
+    def _call_arguments(self, guidance: float) -> dict:
+        # The sizes that were asked for, whether or not they are among those that the model was trained at.
+        return super()._call_arguments(guidance) | {"use_resolution_binning": False, "clean_caption": False}
+
+    def save_lora(self, folder, layers: dict[str, Tensor], settings: dict) -> None:
+        from peft import LoraConfig
+        from safetensors.torch import save_file
+
+        LoraConfig(**settings).save_pretrained(folder)
+        layers = {f"base_model.model.{name}": value.contiguous() for name, value in layers.items()}
+        save_file(layers, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,393 @@
+"""Kinds of pipelines that step distillation takes: conditions made of pictures, PixArt, kinds of one's own."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason='distillation needs the extra: pip install "linattn[train]"')
+pytest.importorskip("pydantic", reason='distillation needs the extra: pip install "linattn[train]"')
+
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionXLAdapterPipeline
+from helpers.tiny_kinds import KINDS, tiny_adapter, tiny_kind
+from helpers.tiny_pipelines import tiny_pipeline
+from PIL import Image
+
+from linattn.distill import pipelines
+from linattn.distill.data.edges import canny
+from linattn.distill.data.masks import ellipse_mask, random_mask
+from linattn.distill.noise import _stream
+from linattn.distill.pipelines import picture_conditioned
+
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
+
+SHOWN = ("inpainting", "upscaler", "adapter")
+FAMILIES = ("sd15", "sdxl", "flux", "sd3")
+SEED = 7
+#: Of a few roundings in float32, relative to numbers about 1.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinds")
+    for name in KINDS:
+        tiny_kind(name).save_pretrained(root / name)
+    for name in FAMILIES:
+        tiny_pipeline(name).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(folders):
+    """Each kind as `load` finds it, once; and the stock pipeline."""
+    kept = {}
+
+    def of(name):
+        if name not in kept:
+            stock = DiffusionPipeline.from_pretrained(folders / name)
+            stock.set_progress_bar_config(disable=True)
+            kept[name] = pipelines.load(str(folders / name)), stock
+        return kept[name]
+
+    return of
+
+
+def photograph(height=48, width=64):
+    """Smooth, with an edge or two."""
+    y, x = np.mgrid[:height, :width]
+    disc = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 3) ** 2
+    return Image.fromarray(np.stack([4 * x, 5 * y, 200 * disc + 20], axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def pixels_of(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def condition_of(models, captions, pixels, numbers):
+    size = torch.tensor([pixels.shape[2:]] * len(pixels))
+    text = models.encode_text(captions) | models.encode_sizes(size, torch.zeros_like(size), size)
+    return text | models.picture_condition(pixels, numbers, SEED)
+
+
+@contextlib.contextmanager
+def calls_of(network):
+    """The arguments of each call of a network, and what it returned."""
+    made = []
+
+    def before(_module, args, kwargs):
+        lists = {name: [t.clone() for t in value] for name, value in kwargs.items() if isinstance(value, list)}
+        made.append([args, kwargs | lists])  # the UNet empties the list of an adapter's features
+
+    def after(_module, _args, _kwargs, output):
+        made[-1].append(output[0])
+
+    handles = [
+        network.register_forward_pre_hook(before, with_kwargs=True),
+        network.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------- every kind
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *KINDS])
+def test_every_entry_of_a_condition_has_a_policy(loaded, name):
+    models, _ = loaded(name)
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    condition = condition_of(models, ["a two", ""], pixels, [0, 1])
+    assert models.policies().keys() == condition.keys()
+    assert all(len(value) == 2 for value in condition.values())
+    assert set(models.policies().values()) <= {"empty", "zero", "keep"}
+    assert "flash" in models.objectives and models.needs_pixels == (name in SHOWN)
+    # What is kept where there is no prompt is none: it is the same for both captions, or made of the picture.
+    empty = models.encode_text([""])
+    assert all((policy == "keep") != (entry in empty) for entry, policy in models.policies().items())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *KINDS])
+def test_feature_modules_are_there_and_unets_have_one(loaded, name):
+    models, _ = loaded(name)
+    assert models.feature_modules() == (("mid_block",) if models.component == "unet" else ())
+    for module in models.feature_modules():
+        models.model.get_submodule(module)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "upscaler", "pixart"])
+def test_process_is_that_of_the_scheduler(loaded, name):
+    models, stock = loaded(name)
+    process, t = models.process(), torch.tensor([700])
+    if name == "sd3":
+        assert process.is_flow and process.shift == 3 and models.process(shift=2.0).shift == 2
+        return
+    assert process.prediction_type == stock.scheduler.config.prediction_type
+    alpha, _ = process.levels(t)
+    assert alpha.item() == pytest.approx(stock.scheduler.alphas_cumprod[700].sqrt().item(), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- as the stock pipelines do
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_denoiser_calls_the_network_as_the_pipeline_does(loaded, name):
+    """And says what it says; of PixArt without the variance."""
+    models, stock = loaded(name)
+    picture = photograph()
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    options |= {"generator": torch.manual_seed(1)}
+    size = (48, 64)
+    if name == "inpainting":
+        mask = np.zeros((*size, 1), np.float32)
+        mask[8:24, 8:40] = 1
+        options |= {"image": picture, "mask_image": Image.fromarray((mask[..., 0] * 255).astype(np.uint8))}
+    elif name == "upscaler":
+        options |= {"image": picture.resize((16, 12)), "noise_level": 33}
+    elif name == "adapter":
+        edges = canny(np.array(picture)) * 255
+        options |= {"image": Image.fromarray(edges.astype(np.uint8)).convert("RGB"), "adapter_conditioning_scale": 0.8}
+    else:
+        options |= {"use_resolution_binning": False, "clean_caption": False}
+    if name != "upscaler":
+        options |= {"height": size[0], "width": size[1]}
+    network = getattr(stock, models.component)
+    with calls_of(network) as calls, torch.no_grad():
+        stock("A two", **options)
+    condition = condition_of(models, ["A two"], pixels_of(picture), [0])
+    assert len(calls) == 2
+    for args, kwargs, output in calls:
+        sample, t = args if len(args) == 2 else (args[0], kwargs["timestep"])
+        channels = models.pipeline.vae.config.latent_channels
+        condition = dict(condition)
+        if name in ("inpainting", "upscaler"):  # whose random numbers are another's
+            condition["concat"] = sample[:, channels:]
+        if name == "upscaler":
+            condition["class_labels"] = torch.tensor([33])
+        with torch.no_grad():
+            said = models.denoiser(models.model)(sample[:, :channels], t.reshape(-1), condition)
+        torch.testing.assert_close(said, output[:, :channels], **CLOSE)
+    if name == "adapter":
+        for i, feature in enumerate(kwargs["down_intrablock_additional_residuals"]):
+            torch.testing.assert_close(condition[f"residual_{i}"], feature, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["pixart", "pixart-sigma"])
+def test_pixart_s_condition_matters_to_the_last_entry(loaded, name):
+    models, _ = loaded(name)
+    pixels = torch.zeros(1, 3, 32, 48)
+    condition = condition_of(models, ["two"], pixels, [0])
+    assert condition["encoder_attention_mask"].sum() == len("two") + 1
+    assert set(condition) == set(models.policies()) and ("resolution" in condition) == (name == "pixart")
+    noisy, t, denoiser = torch.randn(1, 4, 16, 24), torch.tensor([500]), models.denoiser(models.model)
+    with torch.no_grad():
+        said = denoiser(noisy, t, condition)
+        for entry in condition:
+            changed = condition | {entry: 1 - condition[entry] if "mask" in entry else 2 * condition[entry] + 1}
+            assert (denoiser(noisy, t, changed) - said).abs().max() > 1e-4, entry
+        # Where the mask says that there is no text, there may be anything.
+        nothing = condition["encoder_attention_mask"] == 0
+        padded = condition["encoder_hidden_states"].masked_fill(nothing[..., None], 7.0)
+        torch.testing.assert_close(denoiser(noisy, t, condition | {"encoder_hidden_states": padded}), said, **CLOSE)
+
+
+def test_pixart_s_length_of_text_is_the_pipeline_s_unless_it_is_given(folders):
+    assert pipelines.load(str(folders / "pixart")).text_length == 120
+    models = pipelines.load(str(folders / "pixart-sigma"), text_length=24)
+    assert models.encode_text(["a two"])["encoder_hidden_states"].shape == (1, 24, 16)
+
+
+# ---------------------------------------------------------------------------------------------------- picture conditions
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_picture_condition_is_of_the_sample_not_of_its_company(loaded, name):
+    models, _ = loaded(name)
+    pixels = torch.rand(3, 3, 32, 48) * 2 - 1
+    together = models.picture_condition(pixels, [5, 6, 7], SEED)
+    alone = models.picture_condition(pixels[1:2], [6], SEED)
+    for entry, value in together.items():
+        torch.testing.assert_close(value[1:2], alone[entry], **CLOSE)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    again = models.picture_condition(pixels, [5, 6, 7], SEED)
+    assert all(torch.equal(value, again[entry]) for entry, value in together.items())
+    if name != "adapter":  # nothing about which is random
+        other = models.picture_condition(pixels, [5, 6, 7], SEED + 1)
+        assert not torch.equal(together["concat"], other["concat"])
+
+
+def test_inpainting_sees_the_mask_and_latents_of_what_it_leaves(loaded):
+    models, stock = loaded("inpainting")
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    own = picture_conditioned.streams([3, 4], SEED)
+    masks = [models.mask((32, 48), stream) for stream in own]
+    noise = picture_conditioned.normal(own, (4, 16, 24))
+    made = models.picture_condition(pixels, [3, 4], SEED)["concat"]
+    for row, mask in enumerate(masks):
+        mask = torch.from_numpy(mask)
+        assert torch.equal(made[row, :1], mask[:, ::2, ::2])
+        with torch.no_grad():
+            posterior = stock.vae.encode((pixels[row] * (1 - mask))[None]).latent_dist
+        expected = (posterior.mean + posterior.std * noise[row]) * stock.vae.config.scaling_factor
+        torch.testing.assert_close(made[row, 1:], expected[0], **CLOSE)
+    changed = pixels + torch.stack([torch.from_numpy(mask) for mask in masks])
+    hidden = models.picture_condition(changed, [3, 4], SEED)["concat"]
+    assert torch.equal(hidden, made), "what is masked is not seen"
+
+
+def test_upscaler_sees_a_small_picture_noised_to_the_level_that_it_is_told(loaded):
+    models, stock = loaded("upscaler")
+    pixels = pixels_of(photograph())
+    made = models.picture_condition(pixels.expand(3, -1, -1, -1), [0, 1, 2], SEED)
+    levels = made["class_labels"]
+    assert levels.dtype == torch.int64 and len(set(levels.tolist())) == 3 and (levels <= 350).all()
+    own = picture_conditioned.streams([0, 1, 2], SEED)
+    assert [int(stream.integers(0, 350, endpoint=True)) for stream in own] == levels.tolist()
+    small = torch.nn.functional.interpolate(pixels, (12, 16), mode="bicubic", antialias=True).clamp(-1, 1)
+    noise = picture_conditioned.normal(own, (3, 12, 16))
+    expected = stock.low_res_scheduler.add_noise(small.expand(3, -1, -1, -1), noise, levels)
+    torch.testing.assert_close(made["concat"], expected, **CLOSE)
+    low = pipelines.StableDiffusionUpscaler(models.pipeline, noise_level=0)
+    assert low.picture_condition(pixels, [0], SEED)["class_labels"].tolist() == [0]
+
+
+def test_adapter_is_given_edges_and_its_features_are_scaled(folders, loaded):
+    models, stock = loaded("adapter")
+    pixels = pixels_of(photograph())
+    edges = models.edges(pixels)
+    assert edges.shape == (1, 1, 48, 64) and torch.equal(edges[0, 0], torch.from_numpy(canny(np.array(photograph()))))
+    with torch.no_grad():
+        features = stock.adapter(edges.expand(-1, 3, -1, -1))
+    made = models.picture_condition(pixels, [0], SEED)
+    halved = pipelines.load(str(folders / "adapter"), options={"scale": 0.4}).picture_condition(pixels, [0], SEED)
+    for i, feature in enumerate(features):
+        torch.testing.assert_close(made[f"residual_{i}"], 0.8 * feature, **CLOSE)
+        torch.testing.assert_close(halved[f"residual_{i}"], 0.4 * feature, **CLOSE)
+    assert not any(parameter.requires_grad for parameter in models.pipeline.adapter.parameters())
+
+
+def test_adapter_is_put_beside_a_plain_sdxl(folders, tmp_path):
+    tiny_adapter().save_pretrained(tmp_path / "adapter")
+    kind = pipelines.StableDiffusionXLAdapter
+    with pytest.raises(ValueError, match=r"model\.options\.adapter: expected the name or folder of a T2IAdapter"):
+        pipelines.load(str(folders / "sdxl"), kind=kind)
+    models = pipelines.load(str(folders / "sdxl"), kind=kind, options={"adapter": str(tmp_path / "adapter")})
+    assert type(models.pipeline) is StableDiffusionXLAdapterPipeline
+    whole = pipelines.load(str(folders / "adapter"))
+    pixels = pixels_of(photograph())
+    made, expected = (m.picture_condition(pixels, [0], SEED) for m in (models, whole))
+    assert all(torch.equal(made[entry], value) for entry, value in expected.items())
+
+
+# ------------------------------------------------------------------------------------------------- edges and masks
+
+
+def test_edges_are_thin_closed_and_where_the_picture_changes():
+    square = np.zeros((40, 40), np.uint8)
+    square[10:30, 12:28] = 200
+    edges = canny(square)
+    assert set(np.unique(edges)) == {0.0, 1.0}
+    # Around the square, one pixel wide, on either side of the step.
+    assert edges[15:25].sum(1).tolist() == [2] * 10 and edges[:, 15:25].sum(0).tolist() == [2] * 10
+    assert not edges[13:27, 15:25].any() and not edges[:9].any() and not edges[:, :11].any()
+
+
+def test_weak_edges_count_only_where_they_touch_strong_ones():
+    step = np.zeros((20, 60), np.uint8)
+    step[:, 10:] = 30  # a gradient of 120
+    step[10:, 10:] = 80  # of 320
+    assert (canny(step, 100, 200).sum(1) > 0).all(), "all of it touches"
+    assert canny(step[:8], 100, 200).sum() == 0 and canny(step[:8], 100, 110).sum() == 8
+
+
+def test_masks_are_rectangles_strokes_or_whole_and_depend_on_their_numbers_alone():
+    masks = [random_mask((64, 96), _stream(SEED, number, part=4)) for number in range(200)]
+    again = [random_mask((64, 96), _stream(SEED, number, part=4)) for number in range(200)]
+    assert all((a == b).all() for a, b in zip(masks, again, strict=True))
+    assert all(m.shape == (1, 64, 96) and m.dtype == np.float32 and set(np.unique(m)) <= {0, 1} for m in masks)
+    shares = [m.mean() for m in masks]
+    assert min(shares) > 0
+    assert 30 <= sum(share == 1 for share in shares) <= 70  # of 200, a quarter expected: within 3.3 deviations
+    partial = [random_mask((64, 96), _stream(SEED, number), whole=0.0) for number in range(100)]
+    # Rows of a rectangle are all alike, those of a stroke are not.
+    straight = sum(len({row.tobytes() for row in m[0] if row.any()}) <= 5 for m in partial)
+    assert 30 <= straight <= 70 and max(m.mean() for m in partial) < 1
+    assert random_mask((64, 96), _stream(SEED, 0), whole=1.0).all()
+
+
+def test_faces_are_ellipses_about_the_middle():
+    for number in range(20):
+        mask = ellipse_mask((48, 64), _stream(SEED, number))[0]
+        assert mask[24, 32] == 1 and not mask[0].any() and not mask[:, 0].any() and 0.1 < mask.mean() < 0.42
+        inside = [np.flatnonzero(row) for row in mask if row.any()]
+        assert all((np.diff(columns) == 1).all() for columns in inside)
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_drawing_is_the_scheduler_s_walk_with_guidance(loaded, name):
+    models, _ = loaded(name)
+    size = {"height": 48, "width": 64}
+    shared = {"seed": 3, "autocast": contextlib.nullcontext, **size, "pictures": [photograph()]}
+    first, second, third = models.draw(models.model, ["a two", "a three", "a two"], steps=2, guidance=3.0, **shared)
+    assert first.size == (64, 48) and np.array_equal(first, third) and not np.array_equal(first, second)
+
+    scheduler = LCMScheduler.from_config(models.pipeline.scheduler.config)
+    few = {"arguments": {"timesteps": [999, 499], "guidance_scale": 1.0}, "scheduler": scheduler}
+    (drawn,) = models.draw(models.model, ["a two"], steps=8, guidance=3.0, **few, **shared)
+    assert scheduler.timesteps.tolist() == [999, 499]
+    # By hand: two steps of consistency sampling.
+    pixels = pixels_of(photograph())
+    size = torch.tensor([[48, 64]])
+    text = models.encode_text(["a two"]) | models.encode_sizes(size, 0 * size, size)
+    condition = text | models.shown_condition(pixels, 3)
+    generator = torch.Generator().manual_seed(3)
+    factor = models.pipeline.vae_scale_factor
+    sample = torch.randn(1, 4, 48 // factor, 64 // factor, generator=generator)
+    denoiser, process = models.denoiser(models.model), models.process()
+    with torch.no_grad():
+        for t, following in ((999, 499), (499, None)):
+            t = torch.tensor([t])
+            clean = process.clean(denoiser(sample, t, condition), sample, t)
+            if following is not None:
+                noise = torch.randn(sample.shape, generator=generator)
+                sample = process.add_noise(clean, noise, torch.tensor([following]))
+        expected = models.pipeline.image_processor.postprocess(models.decode(clean))[0]
+    assert np.abs(np.array(drawn, int) - np.array(expected, int)).max() <= 1
+
+    with pytest.raises(ValueError, match=r"output\.validation\.images: expected pictures to show to a"):
+        models.draw(models.model, ["a two"], steps=2, guidance=1.0, **{**shared, "pictures": ()})
+    with pytest.raises(ValueError, match=r"arguments must be among .*, got eta"):
+        models.draw(models.model, ["a two"], steps=2, guidance=1.0, arguments={"eta": 0.0}, **shared)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options", "message"),
+    [
+        (None, "inpainting", {"whole": 1.5}, r"model\.options\.whole: expected a number from 0 to 1, got 1\.5"),
+        (None, "inpainting", {"hole": 1}, r"model\.options: expected options of .*Inpainting \(whole\), got 'hole'"),
+        (None, "upscaler", {"noise_level": 351}, r"model\.options\.noise_level: expected a number from 0 to 350"),
+        (None, "adapter", {"low": 300.0}, r"model\.options: expected 0 <= low <= high"),
+        (None, "sd15", {"whole": 0.5}, r"model\.options: expected options of StableDiffusion \(none\), got 'whole'"),
+        ("StableDiffusionInpainting", "sd15", {}, r"a UNet with 9 input channels \(latents, a mask .*, got 4"),
+    ],
+)
+def test_what_a_kind_cannot_do_is_refused_by_key(folders, kind, name, options, message):
+    kind = kind and getattr(pipelines, kind)
+    with pytest.raises(ValueError, match=message):
+        pipelines.load(str(folders / name), kind=kind, options=options)
+
+
+def test_a_kind_must_be_one(folders):
+    with pytest.raises(ValueError, match=r"model\.kind: expected a subclass of linattn\.distill\.pipelines\.Kind, got"):
+        pipelines.load(str(folders / "sd15"), kind=DiffusionPipeline)
