@@ -201,7 +201,7 @@ def test_pixart_s_length_of_text_is_the_pipeline_s_unless_it_is_given(folders):
     assert models.encode_text(["a two"])["encoder_hidden_states"].shape == (1, 24, 16)
 
 
-# ---------------------------------------------------------------------------------------------------- picture conditions
+# ----------------------------------------------------------------------------------------------- picture conditions
 
 
 @pytest.mark.parametrize("name", SHOWN)
