@@ -30,15 +30,18 @@ KEYS = [key for key, _, _ in recipe.keys()]  # noqa: SIM118 (no dict)
 SECTIONS = sorted({"", *(key.rpartition(".")[0] for key in KEYS)})
 #: Keys that an objective of this kind has, and the default one has not.
 ONLY_OF = {
-    f"objective.{name}": kind.model_fields["kind"].default
-    for kind in (recipe.PeRFlowObjective, recipe.FlowAttentionObjective, recipe.EDMObjective)
-    for name in kind.model_fields.keys() - recipe.AttentionObjective.model_fields.keys()
+    key: kind.model_fields["kind"].default
+    for kind in (recipe.FlashObjective, recipe.PeRFlowObjective, recipe.FlowAttentionObjective, recipe.EDMObjective)
+    for key, _, _ in recipe.keys(kind, "objective.")
+    if key not in {common for common, _, _ in recipe.keys(recipe.AttentionObjective, "objective.")}
 }
 
 
 def smallest_with(key):
     """The smallest recipe that may have this key."""
     content = with_value("objective.kind", ONLY_OF[key]) if key in ONLY_OF else SMALLEST
+    if ONLY_OF.get(key) == "flash":  # sections that are null where nothing is said
+        content = with_value("objective.discriminator", {}, with_value("objective.fake_score", {}, content))
     return with_value("student.adapter", None, content) if ONLY_OF.get(key) == "edm" else content
 
 
@@ -113,14 +116,19 @@ def test_the_schema_walk_knows_every_key_that_is_written_out():
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_key_that_is_near_to_none_gives_all_there_are(section):
     unknown = f"{section}.xqzj".lstrip(".")
-    lines = problems(with_value(unknown, 1))
-    names = [key.rpartition(".")[2] for key in KEYS if key.rpartition(".")[0] == section and key not in ONLY_OF]
+    lines = problems(with_value(unknown, 1, smallest_with(section)))
+    kind = ONLY_OF.get(section, "attention")
+    names = [
+        key.rpartition(".")[2]
+        for key in KEYS
+        if key.rpartition(".")[0] == section and ONLY_OF.get(key, "attention") == kind
+    ]
     (line,) = [line for line in lines if "xqzj" in line]
     assert line == f"{unknown}: unknown key; expected one of {', '.join(names)}"
 
 
 def test_a_key_in_the_wrong_section_gives_its_own():
-    assert "did you mean 'training.learning_rate'?" in problem("learning_rate", 1e-4)
+    assert "did you mean 'training.learning_rate' or 'objective.disc" in problem("learning_rate", 1e-4)
     assert "'model.revision' or 'data.resolution'?" in problem("model.resolution", 512)
     both = problem("seed", 0)
     assert "'training.seed' or 'output.validation.seed'" in both
@@ -160,7 +168,8 @@ def test_an_empty_section_without_required_keys_holds_the_defaults(key):
 def test_every_key_refuses_a_value_of_the_wrong_kind_by_name(key):
     wrong = {"nothing": "of the kind"} if key not in SECTIONS else ["a", "list"]
     lines = problems(with_value(key, wrong, smallest_with(key)))
-    assert any(line.startswith((f"{key}: expected", f"{key}.nothing: unknown key")) and "got" in line for line in lines)
+    ways = (f"{key}: expected", f"{key}.nothing: unknown key", f"{key}.nothing: expected")
+    assert any(line.startswith(ways) and ("got" in line or "unknown" in line) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +343,7 @@ def test_objectives_are_told_apart_by_kind_and_explained_by_plain_keys():
     ]
     assert lines({"kind": "flow_attention", "logit_std": 0})[0].startswith("objective.logit_std: expected a number")
     assert lines({"kind": "neither"}) == [
-        "objective.kind: expected 'attention', 'flow_attention', 'edm', 'perflow', got 'neither'"
+        "objective.kind: expected 'attention', 'flow_attention', 'edm', 'perflow', 'flash', got 'neither'"
     ]
     assert lines({"weights": {"nose": 1}}) == [
         "objective.weights.nose: unknown key; did you mean 'objective.weights.noise'?"

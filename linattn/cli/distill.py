@@ -50,12 +50,18 @@ def run(args: argparse.Namespace) -> int:
             return 0
         adapter_class = resolve(recipe.student.adapter) if recipe.student.adapter else None
         pipeline_class = resolve(recipe.model.pipeline, "model.pipeline") if recipe.model.pipeline else None
+        wanted = getattr(recipe.objective, "perceptual", None)
+        named = {"objective.perceptual": resolve(wanted, "objective.perceptual")} if wanted else {}
         # Before the models are imported: what they say about their own optional parts would bury what matters.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from linattn.distill.trainer import Interrupted, Trainer
 
         trainer = Trainer(
-            recipe, adapter_class, pipeline_class=pipeline_class, say=lambda text: print(text, flush=True)
+            recipe,
+            adapter_class,
+            pipeline_class=pipeline_class,
+            named=named,
+            say=lambda text: print(text, flush=True),
         )
         trainer.say(trainer.plan())
         if args.dry_run:

@@ -171,11 +171,12 @@ class InfDiTDenoiser(nn.Module):
 
 
 @contextlib.contextmanager
-def recorded_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def recorded_outputs(model: nn.Module, names: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of submodules, by full name, in execution order.
 
     Args:
         names: qualified names of modules, or last parts of such: ("attn1",) is every module whose name ends in attn1.
+        stop: leave the block as soon as all of them have run: the rest of the network is not computed.
 
     Of joint attention, which returns its image and text tokens apart, both, concatenated along the tokens.
 
@@ -198,12 +199,20 @@ def recorded_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[st
     def recorder(name: str):
         def record(_module, _inputs, output):
             outputs[name] = output if isinstance(output, Tensor) else torch.cat(output, dim=1)
+            if stop and len(outputs) == len(found):
+                raise _Enough
 
         return record
 
     handles = [module.register_forward_hook(recorder(name)) for name, module in found.items()]
     try:
         yield outputs
+    except _Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Enough(Exception):
+    """Everything that was to be recorded has been."""

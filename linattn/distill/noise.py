@@ -275,6 +275,58 @@ def draw_pairs(
     return PairDraws(*(torch.stack(part) for part in zip(*rows, strict=True)), tuple(offset.tolist()))
 
 
+class FlashDraws(NamedTuple):
+    """Everything random about one step of Flash Diffusion: normal (B, C, h, w), float32; uniform in [0, 1), float64.
+
+    start, guidance, renoise_guidance: uniform, (1,) for the whole batch or (B,), one a sample. renoise and its level
+    (B,) are for distribution matching, fake_noise and its level for the fake score, adversarial_noise and its level for
+    the discriminator. dropout (B,): uniform. posterior: for the VAE.
+    """
+
+    posterior: Tensor
+    noise: Tensor
+    start: Tensor
+    guidance: Tensor
+    dropout: Tensor
+    renoise: Tensor
+    renoise_level: Tensor
+    renoise_guidance: Tensor
+    adversarial_noise: Tensor
+    adversarial_level: Tensor
+    fake_noise: Tensor
+    fake_level: Tensor
+
+    def to(self, device: torch.device) -> FlashDraws:
+        return FlashDraws(*(part.to(device) for part in self))
+
+
+def draw_flash(numbers: Sequence[int], shape: Sequence[int], *, seed: int, per_sample: bool = False) -> FlashDraws:
+    """Random numbers of the samples with these running numbers, on the CPU.
+
+    Args:
+        numbers: running numbers of the samples, each >= 0. What a batch has in common belongs to the first, which no
+            other batch holds.
+        shape: (C, h, w) of one sample.
+        seed: of the run.
+        per_sample: each sample has a start and guidances of its own.
+    """
+    normal = ("posterior", "noise", "renoise", "adversarial_noise", "fake_noise")
+    uniform = ("dropout", "renoise_level", "adversarial_level", "fake_level")
+    rows: dict[str, list[Tensor]] = {name: [] for name in FlashDraws._fields}
+    for number in numbers:
+        stream = _stream(seed, number)
+        for name in normal:
+            rows[name].append(torch.from_numpy(stream.standard_normal(tuple(shape), np.float32)))
+        for name in uniform:
+            rows[name].append(torch.tensor(stream.random(), dtype=torch.float64))
+    for number in numbers if per_sample else numbers[:1]:
+        # Another part of the sample's sequence, which its own numbers never reach.
+        stream = _stream(seed, number, part=1)
+        for name in ("start", "guidance", "renoise_guidance"):
+            rows[name].append(torch.tensor(stream.random(), dtype=torch.float64))
+    return FlashDraws(**{name: torch.stack(values) for name, values in rows.items()})
+
+
 def chosen(numbers: Sequence[int], probability: float, *, seed: int) -> Tensor:
     """Which of the samples with these running numbers something happens to that happens with a probability: (B,) bool.
 

@@ -224,6 +224,18 @@ class NoiseProcess:
         table = DDPMScheduler(num_train_timesteps=num_timesteps, **betas).alphas_cumprod
         return cls(table, prediction_type=says, shift=1.0 if shift is None else shift)
 
+    def with_prediction(self, prediction_type: str) -> NoiseProcess:
+        """The same process, of networks that predict something else.
+
+        Raises:
+            ValueError: another prediction type, or one that this process does not allow.
+        """
+        if prediction_type == self.prediction_type:
+            return self
+        return NoiseProcess(
+            self.alphas_cumprod, prediction_type=prediction_type, num_timesteps=self.num_timesteps, shift=self.shift
+        )
+
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at the timesteps, float64, in their shape.
 

@@ -21,6 +21,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
 
 from ..paths import expand, instead_of, tar_paths
+from .flash_sections import FlashObjective
 from .schema import (
     Count,
     NotNegative,
@@ -98,7 +99,7 @@ class Lora(Section):
 class Student(Section):
     """What takes the place of the teacher's attention, and which part of it is trained.
 
-    Beside objective.kind: perflow all of the network is trained, or low-rank updates in all of it.
+    Beside objective.kind: perflow or flash all of the network is trained, or low-rank updates in all of it.
     """
 
     adapter: Annotated[str, AfterValidator(import_path)] | None  # module:Class; None: the whole model is the student
@@ -186,7 +187,8 @@ Objective = Annotated[
     Annotated[AttentionObjective, Tag("attention")]
     | Annotated[FlowAttentionObjective, Tag("flow_attention")]
     | Annotated[EDMObjective, Tag("edm")]
-    | Annotated[PeRFlowObjective, Tag("perflow")],
+    | Annotated[PeRFlowObjective, Tag("perflow")]
+    | Annotated[FlashObjective, Tag("flash")],
     Discriminator(_kind),
 ]
 
@@ -344,8 +346,8 @@ class Recipe(Section):
                 without["data.image_key"] = None  # of a table of captions, which is not read
         else:
             without, why = dict(ONLY_BESIDE_EDM), f"objective.kind: {kind}"
-            if kind == "perflow":
-                yield from self._perflow_conflicts()
+            if kind in ("perflow", "flash"):
+                yield from self._step_conflicts()
             elif self.student.adapter is None:
                 yield "student.adapter", f"expected module:Class beside {why}, got null"
         for key, expected in without.items():
@@ -355,7 +357,7 @@ class Recipe(Section):
             if value != expected:
                 yield key, f"expected {_show(expected)} beside {why}, got {_show(value)}"
 
-    def _perflow_conflicts(self):
+    def _step_conflicts(self):
         """What does not go together in a run that distils steps."""
         student, wanted = self.student, self.objective
         if student.adapter is None:
@@ -367,11 +369,19 @@ class Recipe(Section):
                 why = "beside student.adapter: null (the two are the same)"
                 yield "objective.teacher", f"expected 'model' {why}, got 'student'"
         elif student.train == "lora":
-            why = "beside objective.kind: perflow and student.adapter (whose weights no LoRA holds)"
+            why = f"beside objective.kind: {wanted.kind} and student.adapter (whose weights no LoRA holds)"
             yield "student.train", f"expected 'full' {why}, got 'lora'"
         if student.train == "full" and self.training.share_frozen:
-            why = "beside objective.kind: perflow and student.train: full (nothing is frozen)"
+            why = f"beside objective.kind: {wanted.kind} and student.train: full (nothing is frozen)"
             yield "training.share_frozen", f"expected false or null {why}, got true"
+        if wanted.kind == "flash":
+            beside = [name for name in ("discriminator", "fake_score") if getattr(wanted, name) is not None]
+            if beside and self.training.optimizer == "prodigy":
+                why = f"beside objective.{beside[0]} (prodigy learns one step for all that is trained)"
+                yield "training.optimizer", f"expected 'adamw' {why}, got 'prodigy'"
+            if self.data.caption_drop:
+                why = "beside objective.kind: flash (objective.drop says what the student does not see)"
+                yield "data.caption_drop", f"expected 0.0 {why}, got {self.data.caption_drop}"
 
     @classmethod
     def parse(cls, content: object, source: str = "recipe") -> Recipe:
@@ -689,7 +699,7 @@ def _suggest(parts: list[str], holder: type[Section] | None) -> str:
         return f"expected only beside {prefix}kind: {elsewhere.model_fields['kind'].default}"
     close = _close(parts[-1], list(holder.model_fields))
     candidates = [f"{prefix}{close}"] if close else []
-    candidates += [key for key, _, name in keys() if name == parts[-1]]
+    candidates += sorted((key for key, _, name in keys() if name == parts[-1]), key=lambda key: key.count("."))
     if candidates:
         return f"did you mean {' or '.join(map(repr, candidates))}?"
     return f"expected one of {', '.join(holder.model_fields)}"

@@ -8,8 +8,9 @@ checkpoints and processes are the same for all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import set_seed
@@ -17,18 +18,28 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..paths import expand
-from ..schedulers import PeRFlowScheduler
+from ..schedulers import PeRFlowScheduler, few_step_arguments
 from ..schedulers.piecewise import Marginal, window_bounds
 from . import pipelines
 from .data import LargeEnough, Order, Source, loader, open_source, pair_loader
 from .data.degradation import FACTOR
 from .data.pictures import decode
-from .noise import FlowSchedule, NoiseSchedule, chosen, draw, draw_pairs
+from .discriminator import Discriminator, features_of
+from .noise import FlowSchedule, NoiseSchedule, chosen, draw, draw_flash, draw_pairs
+from .noise_process import NoiseProcess
 from .objectives.attention import AttentionDistillation
 from .objectives.edm import EDMTraining, with_dropped
+from .objectives.flash import FlashTraining, Phases, decoded_distance, unconditional
 from .objectives.perflow import PeRFlowTraining, Times
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .student import Student, TunedModel, WholeModel
+
+
+class Auxiliary(NamedTuple):
+    """A module that is trained beside the student, with a learning rate of its own."""
+
+    module: nn.Module
+    learning_rate: float
 
 
 class AttentionTask:
@@ -38,15 +49,26 @@ class AttentionTask:
     Args:
         adapter_class: what `student.adapter` names (see `Student` for what it must offer).
         pipeline_class: what `model.pipeline` names.
+        named: what other keys of the recipe name, by key.
     """
 
     #: What the pictures of a row are, from the left.
     columns = "teacher | student"
+    #: Key of the recipe that asks for something to be trained beside the student; None: nothing is.
+    beside_the_student: str | None = None
 
-    def __init__(self, recipe: Recipe, *, adapter_class: type | None, pipeline_class: type | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        adapter_class: type | None,
+        pipeline_class: type | None,
+        named: Mapping[str, object] | None = None,
+    ):
         if adapter_class is None and recipe.student.adapter is not None:
             raise TypeError(f"expected the class that student.adapter names ({recipe.student.adapter!r}), got None")
         self.recipe = recipe
+        self.named = dict(named or {})
         self._adapter_class, self._pipeline_class = adapter_class, pipeline_class
 
     def open_source(self) -> Source:
@@ -65,6 +87,11 @@ class AttentionTask:
 
     def problems(self, models: pipelines.Kind) -> list[str]:
         """What in the recipe does not fit the model, beside its kind and the sizes of pictures."""
+        if models.needs_pixels and self.recipe.data.cache.latents:
+            name = type(models.pipeline).__name__
+            return [
+                f"data.cache.latents: expected false for a {name} (its condition is made of the pictures), got true"
+            ]
         return []
 
     def start(self, models: pipelines.Kind, *, share: bool) -> Student:
@@ -113,6 +140,13 @@ class AttentionTask:
         )
         return objective, schedule
 
+    def auxiliary(self, objective: nn.Module) -> dict[str, Auxiliary]:
+        """What is trained beside the student."""
+        return {}
+
+    def begin(self, step: int) -> None:
+        """Told before each optimizer step: its number, from 0."""
+
     def batches(self, source: Source, order: Order, *, text_cache, latent_cache, **share) -> DataLoader:
         """The micro batches of this process; share: see `loader`."""
         seed = self.recipe.training.seed
@@ -121,28 +155,38 @@ class AttentionTask:
 
     def encode(self, batch: dict, models: pipelines.Kind, schedule: NoiseSchedule, device: torch.device) -> dict:
         """A batch of the loader as the objective's arguments."""
-        if "latent_mean" in batch:
-            mean, std = batch["latent_mean"].to(device), batch["latent_std"].to(device)
-        else:
-            mean, std = models.encode_image(batch["pixels"])
+        mean, std = self._posterior(batch, models, device)
         random = draw(
             batch["number"].tolist(),
             mean.shape[1:],
             seed=self.recipe.training.seed,
             schedule=schedule,
         )
+        return {
+            "latents": models.latents(mean, std, random.posterior.to(device)),
+            "noise": random.noise.to(device),
+            "timesteps": random.timesteps.to(device),
+            "condition": self._condition(batch, models, device),
+        }
+
+    @staticmethod
+    def _posterior(batch: dict, models: pipelines.Kind, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents."""
+        if "latent_mean" in batch:
+            return batch["latent_mean"].to(device), batch["latent_std"].to(device)
+        return models.encode_image(batch["pixels"])
+
+    def _condition(self, batch: dict, models: pipelines.Kind, device: torch.device) -> dict[str, torch.Tensor]:
         if "condition" in batch:
             dtype = models.model.dtype
             condition = {name: value.to(device, dtype) for name, value in batch["condition"].items()}
         else:
             condition = models.encode_text(batch["caption"])
         condition |= models.encode_sizes(batch["original_size"], batch["crop"], batch["target_size"])
-        return {
-            "latents": models.latents(mean, std, random.posterior.to(device)),
-            "noise": random.noise.to(device),
-            "timesteps": random.timesteps.to(device),
-            "condition": condition,
-        }
+        if models.needs_pixels:
+            seed = self.recipe.training.seed
+            condition |= models.picture_condition(batch["pixels"].to(device), batch["number"].tolist(), seed)
+        return condition
 
     @property
     def shown(self) -> bool:
@@ -181,13 +225,73 @@ class AttentionTask:
         ]
 
 
-class PeRFlowTask(AttentionTask):
-    """A student learns to do in a few steps what its teacher does in many (`objective.kind: perflow`)."""
+class _StepTask(AttentionTask):
+    """What all tasks have in common in which a student learns to do in a few steps what its teacher does in many."""
 
     _empty: dict[str, torch.Tensor] | None = None  # the condition of the empty caption
 
+    @staticmethod
+    def _is_flow(models: pipelines.Kind) -> bool:
+        return isinstance(models.schedule(), FlowSchedule)
+
+    def _scheduler(self, models: pipelines.Kind):
+        """That samples from the student; saved with it."""
+        raise NotImplementedError
+
+    def start(self, models: pipelines.Kind, *, share: bool) -> TunedModel:
+        wanted = self.recipe.student
+        shared = self.recipe.training.share_frozen
+        return TunedModel(
+            models.model,
+            self._scheduler(models),
+            adapter_class=self._adapter_class if wanted.adapter else None,
+            pretrained=wanted.pretrained,
+            options=wanted.options,
+            low_rank=wanted.lora if wanted.train == "lora" else None,
+            share=share if shared is None else shared,
+        )
+
+    def _denoisers(self, models: pipelines.Kind, student: TunedModel) -> tuple[Callable, nn.Module, nn.Module]:
+        """What makes a denoiser of a network; and those of the student and of its teacher."""
+        wanted = self.recipe.objective
+        of = functools.partial(models.denoiser, guidance=wanted.guidance) if self._is_flow(models) else models.denoiser
+        teacher = models.model if wanted.teacher == "model" else student.as_it_is(models.model)
+        return of, of(student.model), of(teacher)
+
+    def batches(self, source: Source, order: Order, *, text_cache, latent_cache, **share) -> DataLoader:
+        # Nothing is dropped here: a guided teacher sees every caption. `encode` does it.
+        data = self.recipe.data.model_copy(update={"caption_drop": 0.0})
+        seed = self.recipe.training.seed
+        return loader(source, order, data, seed=seed, text_cache=text_cache, latent_cache=latent_cache, **share)
+
+    def _without_text(self, models: pipelines.Kind) -> dict[str, torch.Tensor]:
+        if self._empty is None:
+            self._empty = models.encode_text([""])
+        return self._empty
+
+    def _tuned_summary(
+        self, models: pipelines.Kind, student: TunedModel, does: str, says: str
+    ) -> list[tuple[str, str]]:
+        """Lines about teacher and student.
+
+        Args:
+            does, says: of the teacher; of the student.
+        """
+        count, total = _counts(student)
+        taught = "" if self.recipe.objective.teacher == "model" else f", with {self.recipe.student.adapter}"
+        adapter = f" with {self.recipe.student.adapter}" if student.adapter else ""
+        trained = f"trains {count:,} of {total:,} parameters ({self.recipe.student.train})"
+        return [
+            ("teacher", f"{self.recipe.model.pretrained} ({type(models.pipeline).__name__}){taught}, {does}"),
+            ("student", f"a copy{adapter}, {says}; {trained}"),
+        ]
+
+
+class PeRFlowTask(_StepTask):
+    """A student learns that its teacher's path is straight in each window of time (`objective.kind: perflow`)."""
+
     def problems(self, models: pipelines.Kind) -> list[str]:
-        wanted, name, problems = self.recipe.objective, type(models.pipeline).__name__, []
+        wanted, name, problems = self.recipe.objective, type(models.pipeline).__name__, super().problems(models)
         if self._is_flow(models):
             if wanted.prediction_type != "velocity":
                 problems.append(
@@ -205,12 +309,8 @@ class PeRFlowTask(AttentionTask):
                 problems.append(f"objective.prediction_type: {error}")
         return problems
 
-    @staticmethod
-    def _is_flow(models: pipelines.Kind) -> bool:
-        return isinstance(models.schedule(), FlowSchedule)
-
     def _scheduler(self, models: pipelines.Kind) -> PeRFlowScheduler:
-        """That samples from the student; its process and its windows are those of the training."""
+        """Its process and its windows are those of the training."""
         wanted = self.recipe.objective
         return PeRFlowScheduler.from_config(
             models.pipeline.scheduler.config,
@@ -220,53 +320,30 @@ class PeRFlowTask(AttentionTask):
             window_shift=wanted.window_shift,
         )
 
-    def start(self, models: pipelines.Kind, *, share: bool) -> TunedModel:
-        wanted = self.recipe.student
-        shared = self.recipe.training.share_frozen
-        return TunedModel(
-            models.model,
-            self._scheduler(models),
-            adapter_class=self._adapter_class if wanted.adapter else None,
-            pretrained=wanted.pretrained,
-            options=wanted.options,
-            low_rank=wanted.lora if wanted.train == "lora" else None,
-            share=share if shared is None else shared,
-        )
-
     def objective(self, models: pipelines.Kind, student: TunedModel) -> tuple[nn.Module, Times]:
         wanted, schedule, config = self.recipe.objective, models.schedule(), student.scheduler.config
-        is_flow = isinstance(schedule, FlowSchedule)
-        denoiser = functools.partial(models.denoiser, guidance=wanted.guidance) if is_flow else models.denoiser
-        teacher = models.model if wanted.teacher == "model" else student.as_it_is(models.model)
+        _, own, teacher = self._denoisers(models, student)
         names = ("prediction_type", "begin_at_noise", "legacy_grid", "distance", "huber_c", "reweighting")
         objective = PeRFlowTraining(
-            denoiser(student.model),
-            denoiser(teacher),
+            own,
+            teacher,
             Marginal(student.scheduler.alphas_cumprod),
             window_bounds(config.num_time_windows, config.window_shift),
             steps=wanted.solver_steps,
-            teacher_prediction_type="flow" if is_flow else schedule.prediction_type,
+            teacher_prediction_type="flow" if self._is_flow(models) else schedule.prediction_type,
             num_timesteps=schedule.num_timesteps,
             guidance=wanted.teacher_guidance,
             **{name: getattr(wanted, name) for name in names},
         )
         return objective, Times(wanted.levels, wanted.window_shift)
 
-    def batches(self, source: Source, order: Order, *, text_cache, latent_cache, **share) -> DataLoader:
-        # Nothing is dropped here: a guided teacher sees every caption. `encode` does it.
-        data = self.recipe.data.model_copy(update={"caption_drop": 0.0})
-        seed = self.recipe.training.seed
-        return loader(source, order, data, seed=seed, text_cache=text_cache, latent_cache=latent_cache, **share)
-
     def encode(self, batch: dict, models: pipelines.Kind, schedule: Times, device: torch.device) -> dict:
         """A batch of the loader as the objective's arguments."""
         encoded = super().encode(batch, models, schedule, device)
         drop = self.recipe.data.caption_drop
         if drop or self.recipe.objective.teacher_guidance is not None:
-            if self._empty is None:
-                self._empty = models.encode_text([""])
             # Sizes, which captions do not say, are the same.
-            encoded["unconditional"] = encoded["condition"] | self._empty
+            encoded["unconditional"] = encoded["condition"] | self._without_text(models)
         if drop:
             encoded["dropped"] = chosen(batch["number"].tolist(), drop, seed=self.recipe.training.seed).to(device)
         return encoded
@@ -279,31 +356,188 @@ class PeRFlowTask(AttentionTask):
         return super()._teacher_draws() | ({} if guidance is None else {"guidance": guidance})
 
     def summary(self, models: pipelines.Kind, student: TunedModel) -> list[tuple[str, str]]:
-        count, total = _counts(student)
         wanted = self.recipe.objective
         guided = "not guided" if wanted.teacher_guidance is None else f"guided by {wanted.teacher_guidance}"
-        taught = "" if wanted.teacher == "model" else f", with {self.recipe.student.adapter}"
-        adapter = f" with {self.recipe.student.adapter}" if student.adapter else ""
-        return [
-            (
-                "teacher",
-                f"{self.recipe.model.pretrained} ({type(models.pipeline).__name__}){taught}, {guided}, "
-                f"{wanted.windows} windows of {wanted.solver_steps} steps",
-            ),
-            (
-                "student",
-                f"a copy{adapter}, {wanted.prediction_type}; trains {count:,} of {total:,} parameters "
-                f"({self.recipe.student.train})",
-            ),
+        does = f"{guided}, {wanted.windows} windows of {wanted.solver_steps} steps"
+        return self._tuned_summary(models, student, does, wanted.prediction_type)
+
+
+class FlashTask(_StepTask):
+    """A student learns to say in one step where its guided teacher's path ends (`objective.kind: flash`)."""
+
+    def __init__(self, recipe: Recipe, **classes):
+        super().__init__(recipe, **classes)
+        wanted = recipe.objective
+        self.phases = Phases.of(**wanted.phases.model_dump())
+        self._phase = self.phases.at(0)
+        for key in ("discriminator", "fake_score"):
+            if getattr(wanted, key) is not None:
+                self.beside_the_student = f"objective.{key}"
+        if wanted.perceptual is not None and "objective.perceptual" not in self.named:
+            raise TypeError(f"expected the function that objective.perceptual names ({wanted.perceptual!r}), got None")
+
+    def begin(self, step: int) -> None:
+        self._phase = self.phases.at(step)
+
+    def problems(self, models: pipelines.Kind) -> list[str]:
+        wanted, name, problems = self.recipe.objective, type(models.pipeline).__name__, super().problems(models)
+        try:
+            process = models.process(wanted.shift)
+            process.with_prediction(self._prediction(process))
+            for steps in {phase.grid_steps for phase in self.phases.phases}:
+                process.grid(steps)
+        except ValueError as error:
+            problems.append(f"objective (process of a {name}): {error}")
+        else:
+            if (wanted.prediction_type == "flow") != process.is_flow and wanted.prediction_type is not None:
+                expected = "'flow'" if process.is_flow else "epsilon, v_prediction or sample"
+                problems.append(f"objective.prediction_type: expected {expected} for a {name}, got 'flow'")
+        entries = list(models.policies())
+        for key in ("drop", "unconditional"):
+            if unknown := [entry for entry in getattr(wanted, key) if entry not in entries]:
+                problems.append(
+                    f"objective.{key}: expected conditions of a {name}, {', '.join(entries)}; got {unknown[0]!r}"
+                )
+        return problems
+
+    def _prediction(self, process: NoiseProcess) -> str:
+        return self.recipe.objective.prediction_type or process.prediction_type
+
+    def _scheduler(self, models: pipelines.Kind):
+        from diffusers import FlowMatchLCMScheduler, LCMScheduler
+
+        config, process = models.pipeline.scheduler.config, models.process(self.recipe.objective.shift)
+        if process.is_flow:
+            return FlowMatchLCMScheduler.from_config(config)
+        return LCMScheduler.from_config(
+            config, prediction_type=self._prediction(process), timestep_spacing="trailing", clip_sample=False
+        )
+
+    def objective(self, models: pipelines.Kind, student: TunedModel) -> tuple[nn.Module, NoiseProcess]:
+        wanted = self.recipe.objective
+        of, own, teacher = self._denoisers(models, student)
+        process = models.process(wanted.shift)
+        names = ("order", "distance", "huber_c")
+        options: dict[str, object] = {name: getattr(wanted, name) for name in names}
+        if wanted.perceptual is not None:
+            options["perceptual"] = decoded_distance(
+                models.decode, self.named["objective.perceptual"], crop=wanted.crop
+            )
+        if wanted.discriminator is not None:
+            judge = wanted.discriminator
+            features = models.feature_modules() if judge.features is None else judge.features
+            shapes = self._feature_shapes(models, teacher, features)
+            options |= {
+                "discriminator": Discriminator(shapes, width=judge.width, levels=judge.levels),
+                "features": features,
+                "adversarial": judge.loss,
+                "real": judge.real,
+                "levels": judge.noise_levels,
+            }
+        if wanted.fake_score is not None:
+            options["fake_score"] = of(self._fake(models, student))
+        objective = FlashTraining(
+            own, teacher, process, student_prediction=self._prediction(process), drop=wanted.drop, **options
+        )
+        return objective, process
+
+    def _feature_shapes(self, models: pipelines.Kind, teacher, names) -> dict[str, tuple[int, ...]]:
+        """Shapes of the features of one sample, by running the teacher on one."""
+        side = self.recipe.data.resolution
+        device, dtype = models.model.device, models.model.dtype
+        with torch.no_grad():
+            pixels = torch.zeros(1, 3, side, side, device=device)
+            mean, _ = models.encode_image(pixels)
+            sizes = torch.tensor([[side, side]])
+            condition = models.encode_text([""]) | models.encode_sizes(sizes, 0 * sizes, sizes)
+            if models.needs_pixels:
+                condition |= models.picture_condition(pixels, [0], self.recipe.training.seed)
+            level = torch.zeros(1, device=device, dtype=torch.long)
+            try:
+                features = features_of(teacher, names, mean.to(dtype), level, condition)
+            except ValueError as error:  # no module of such a name
+                raise RecipeError("recipe", [f"objective.discriminator.features: {error}"]) from None
+        return {name: tuple(value.shape[1:]) for name, value in features.items()}
+
+    def _fake(self, models: pipelines.Kind, student: TunedModel) -> nn.Module:
+        """A network like the teacher, trained as the student is: all of it, or low-rank updates."""
+        wanted = self.recipe.student
+        low_rank = wanted.lora if wanted.train == "lora" else None
+        fake = TunedModel(models.model, student.scheduler, low_rank=low_rank)
+        fake.place(models.model.device, models.model.dtype)
+        if self.recipe.training.gradient_checkpointing:
+            fake.model.enable_gradient_checkpointing()
+        return fake.model
+
+    def auxiliary(self, objective: FlashTraining) -> dict[str, Auxiliary]:
+        wanted = self.recipe.objective
+        return {
+            name: Auxiliary(module, getattr(wanted, name).learning_rate) for name, module in objective.auxiliary.items()
+        }
+
+    def encode(self, batch: dict, models: pipelines.Kind, schedule: NoiseProcess, device: torch.device) -> dict:
+        """A batch of the loader as the objective's arguments."""
+        seed, numbers = self.recipe.training.seed, batch["number"].tolist()
+        mean, std = self._posterior(batch, models, device)
+        random = draw_flash(numbers, mean.shape[1:], seed=seed, per_sample=self.recipe.objective.per_sample).to(device)
+        condition = self._condition(batch, models, device)
+        return {
+            "latents": models.latents(mean, std, random.posterior),
+            "draws": random,
+            "condition": condition,
+            "absent": unconditional(condition, self._policies(models)),
+            "phase": self._phase,
+        }
+
+    def _policies(self, models: pipelines.Kind) -> dict[str, str | torch.Tensor]:
+        """What takes the place of each entry of the condition where there is none."""
+        policies: dict[str, str | torch.Tensor] = {}
+        for name, policy in (models.policies() | self.recipe.objective.unconditional).items():
+            if policy == "empty":
+                policies[name] = self._without_text(models)[name]
+            elif isinstance(policy, dict):
+                policies[name] = self._encoded(models, policy["prompt"])[name]
+            else:
+                policies[name] = policy
+        return policies
+
+    def _encoded(self, models: pipelines.Kind, text: str) -> dict[str, torch.Tensor]:
+        if text not in self._prompts:
+            self._prompts[text] = models.encode_text([text])
+        return self._prompts[text]
+
+    @functools.cached_property
+    def _prompts(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {}
+
+    def pictures(self, models: pipelines.Kind, model: nn.Module, autocast: Callable) -> list:
+        """What `model` draws at the levels that it was trained on, unguided: the guidance is in it."""
+        steps, grid = self.recipe.output.validation.steps, self._phase.grid_steps
+        arguments = few_step_arguments(models.pipeline, steps, grid_steps=grid)
+        return self._drawn(
+            models, model, autocast, guidance=1.0, scheduler=self._scheduler(models), arguments=arguments
+        )
+
+    def summary(self, models: pipelines.Kind, student: TunedModel) -> list[tuple[str, str]]:
+        wanted, last = self.recipe.objective, self.phases.phases[-1]
+        does = f"guided by {last.guidance[0]} to {last.guidance[1]}, {last.grid_steps} steps of order {wanted.order}"
+        says = f"{self._prediction(models.process(wanted.shift))}, {len(self.phases.phases)} phases"
+        lines = self._tuned_summary(models, student, does, says)
+        parts = [
+            f"{name} ({getattr(wanted, name).learning_rate:g})"
+            for name in ("discriminator", "fake_score")
+            if getattr(wanted, name) is not None
         ]
+        return [*lines, ("beside it", ", ".join(parts))] if parts else lines
 
 
 class UpscalingTask:
     """A model that enlarges pictures is trained on pairs, whole and without a teacher (`objective.kind: edm`)."""
 
     columns = "bicubic | student"
+    beside_the_student: str | None = None
 
-    def __init__(self, recipe: Recipe, *, adapter_class: type | None = None, pipeline_class: type | None):
+    def __init__(self, recipe: Recipe, *, adapter_class: type | None = None, pipeline_class: type | None, named=None):
         self.recipe = recipe
         self._pipeline_class = pipeline_class
 
@@ -356,6 +590,12 @@ class UpscalingTask:
             log_mean=wanted.log_sigma_mean, log_std=wanted.log_sigma_std, sigma_min=wanted.sigma_min
         )
         return EDMTraining(models.denoiser(student.model), schedule), schedule
+
+    def auxiliary(self, objective: nn.Module) -> dict[str, Auxiliary]:
+        return {}
+
+    def begin(self, step: int) -> None:
+        pass
 
     def batches(self, source: Source, order: Order, *, text_cache, latent_cache, **share) -> DataLoader:
         return pair_loader(source, order, self.recipe.data, seed=self.recipe.training.seed, **share)
@@ -424,6 +664,7 @@ TASKS = {
     "flow_attention": AttentionTask,
     "edm": UpscalingTask,
     "perflow": PeRFlowTask,
+    "flash": FlashTask,
 }
 
 

@@ -16,7 +16,7 @@ import contextlib
 import io
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -58,6 +58,7 @@ class Trainer:
         recipe: see `linattn.distill.recipe`.
         adapter_class: what `recipe.student.adapter` names (see `Student` for what it must offer), if it names one.
         pipeline_class: what `recipe.model.pipeline` names, if it names one.
+        named: what other keys of the recipe name (`NAMED`), by key.
         accelerator: an Accelerator; None makes one from the recipe and the environment of `accelerate launch`.
         say: called with lines of text, on the main process.
     """
@@ -68,12 +69,15 @@ class Trainer:
         adapter_class: type | None = None,
         *,
         pipeline_class: type | None = None,
+        named: Mapping[str, object] | None = None,
         accelerator=None,
         say: Callable[[str], None] = print,
     ):
         recipe.check_paths()
         self.recipe = recipe
-        self.task = TASKS[recipe.objective.kind](recipe, adapter_class=adapter_class, pipeline_class=pipeline_class)
+        self.task = TASKS[recipe.objective.kind](
+            recipe, adapter_class=adapter_class, pipeline_class=pipeline_class, named=named
+        )
         self.folder = Path(expand(recipe.output.folder))
         self.accelerator = accelerator or _accelerator(recipe, self.folder)
         self._say = say
@@ -87,6 +91,8 @@ class Trainer:
         self.student = self._make_student()
         self.objective, self.schedule = self.task.objective(self.models, self.student)
         self.trainable = self.student.trainable()
+        #: What is trained beside the student, and thrown away when it is done.
+        self.auxiliary = self.task.auxiliary(self.objective)
 
     # ---- putting it together -----------------------------------------------------------------------------------------
 
@@ -103,6 +109,8 @@ class Trainer:
         problems = []
         if self._sharded and self.recipe.training.share_frozen:
             problems.append("training.share_frozen: expected false or null with FSDP or DeepSpeed, got true")
+        if self._sharded and (beside := self.task.beside_the_student):
+            problems.append(f"{beside}: expected none with FSDP or DeepSpeed")
         if self._sharded and self.recipe.training.ema_decay is not None:
             value = self.recipe.training.ema_decay
             problems.append(f"training.ema_decay: expected null with FSDP or DeepSpeed, got {value}")
@@ -278,6 +286,7 @@ class Trainer:
     def _step(self, objective, optimizer, schedule, batches: Iterator[dict], step: int) -> dict[str, float]:
         """One optimizer step; the mean losses of its samples on all processes."""
         training, accelerator = self.recipe.training, self.accelerator
+        self.task.begin(step)
         parts: list[dict[str, torch.Tensor]] = []
         for _ in range(training.gradient_accumulation):
             inputs = self._encode(next(batches))
@@ -285,7 +294,8 @@ class Trainer:
                 losses = objective(**inputs)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and training.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(list(self.trainable.values()), training.max_grad_norm)
+                    for parameters in self._groups():
+                        accelerator.clip_grad_norm_(parameters, training.max_grad_norm)
                 mean = losses["loss"].detach()
                 if not torch.isfinite(mean):
                     raise FloatingPointError(
@@ -310,7 +320,9 @@ class Trainer:
 
     def _prepare(self):
         training = self.recipe.training
-        optimizer = _optimizer(list(self.trainable.values()), training)
+        rates = [training.learning_rate, *(part.learning_rate for part in self.auxiliary.values())]
+        groups = [{"params": own, "lr": rate} for own, rate in zip(self._groups(), rates, strict=True)]
+        optimizer = _optimizer(groups, training)
         # Stepped by us, once per optimizer step: Accelerate's wrapper would step it once per process.
         schedule = _schedule(optimizer, training)
         self.models.model.eval()
@@ -325,6 +337,18 @@ class Trainer:
             self.accelerator.register_save_state_pre_hook(self._save_trainable)
             self.accelerator.register_load_state_pre_hook(self._load_trainable)
         return objective, optimizer, schedule
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of the student, and of each that is trained beside it."""
+        others = ([p for p in part.module.parameters() if p.requires_grad] for part in self.auxiliary.values())
+        return [list(self.trainable.values()), *others]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by the name that a checkpoint has for it."""
+        trained = dict(self.trainable)
+        for name, part in self.auxiliary.items():
+            trained |= {f"{name}:{key}": p for key, p in part.module.named_parameters() if p.requires_grad}
+        return trained
 
     def _make_average(self):
         from diffusers.training_utils import EMAModel
@@ -396,16 +420,16 @@ class Trainer:
         # In place of Accelerate's copy of the whole model, of which almost everything is frozen.
         weights.clear()
         if self.accelerator.is_main_process:
-            _save_tensors(Path(folder) / TRAINABLE, self.trainable)
+            _save_tensors(Path(folder) / TRAINABLE, self._trained())
 
     def _load_trainable(self, models, folder) -> None:
         models.clear()
-        stored = load_file(Path(folder) / TRAINABLE)
-        if stored.keys() != self.trainable.keys():
-            different = sorted(stored.keys() ^ self.trainable.keys())
+        stored, trained = load_file(Path(folder) / TRAINABLE), self._trained()
+        if stored.keys() != trained.keys():
+            different = sorted(stored.keys() ^ trained.keys())
             raise ValueError(f"{folder} was written by another student: they differ in {', '.join(different[:3])} ...")
         with torch.no_grad():
-            for name, parameter in self.trainable.items():
+            for name, parameter in trained.items():
                 parameter.copy_(stored[name])
 
     def _export(self, target: Path) -> Path:
@@ -471,8 +495,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
-def _optimizer(parameters: list[nn.Parameter], training) -> torch.optim.Optimizer:
-    """The optimizer of a recipe's `training` section."""
+def _optimizer(groups: list[dict], training) -> torch.optim.Optimizer:
+    """The optimizer of a recipe's `training` section.
+
+    Args:
+        groups: of parameters, with their learning rates.
+    """
     common = {
         "lr": training.learning_rate,
         "betas": training.betas,
@@ -480,12 +508,12 @@ def _optimizer(parameters: list[nn.Parameter], training) -> torch.optim.Optimize
         "weight_decay": training.weight_decay,
     }
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        return torch.optim.AdamW(groups, **common)
     Prodigy = _prodigy()
     own = training.prodigy.model_dump()
     own["use_bias_correction"] = own.pop("bias_correction")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decouples
-        return Prodigy(parameters, **common, **own)
+        return Prodigy(groups, **common, **own)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, training):

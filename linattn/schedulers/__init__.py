@@ -1,7 +1,8 @@
 """Schedulers for diffusers pipelines. Needs the extra: pip install "linattn[diffusers]".
 
 `PeRFlowScheduler` (docs/perflow.md) samples from few-step students; `piecewise` is the mathematics of piecewise
-rectified flow that it shares with the training. `EDMScheduler` samples from EDM models such as Inf-DiT
+rectified flow that it shares with the training. `few_step_arguments` is how a pipeline draws with a student of Flash
+Diffusion (docs/flash.md). `EDMScheduler` samples from EDM models such as Inf-DiT
 (docs/infdit.md); `edm` is its mathematics. `piecewise` and `edm` need torch only.
 """
 
@@ -10,6 +11,7 @@ _EXPORTS = {
     "EDMSchedulerOutput": "edm_scheduler",
     "PeRFlowScheduler": "perflow",
     "PeRFlowSchedulerOutput": "perflow",
+    "few_step_arguments": "few_steps",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -10,8 +10,9 @@ path, guided; the student makes one step. Three terms, weighted by the phase tha
 The levels to start from are drawn from a mixture with its modes at the timesteps that a sampler with few steps uses.
 The phases move its weight from little noise to pure noise.
 
-Everything here is a pure function of its arguments: random numbers, and which conditions are dropped, are the caller's.
-A teacher with its condition and guidance is `linattn.distill.objectives.perflow.teacher_of`.
+All terms are pure functions of their arguments: random numbers, and which conditions are dropped, are the caller's. A
+teacher with its condition and guidance is `linattn.distill.objectives.perflow.teacher_of`. `FlashTraining` puts them
+together to one step of training.
 
 Sources: Chadebec et al. 2025, Flash Diffusion (arXiv 2406.02347), sections 3 and 4; distribution matching: Yin et al.
 2024, DMD (arXiv 2311.18828), section 3, and DMD2 (arXiv 2405.14867: a fake score that is trained).
@@ -30,8 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...schedulers.piecewise import combine
+from ..denoiser import Denoiser
+from ..discriminator import Discriminator, features_of
+from ..noise import FlashDraws
 from ..noise_process import Grid, NoiseProcess, clean_of
-from .perflow import Teacher, perflow_loss
+from .perflow import Teacher, perflow_loss, teacher_of
 
 #: A distance of two batches of clean samples, () or (B,): pluggable in `distillation_loss`.
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -612,6 +616,172 @@ def with_dropped(
         dropped = (numbers < rate).to(condition[name].device)
         kept[name] = torch.where(_rows(dropped, condition[name]), absent[name], condition[name])
     return kept
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+class FlashTraining(nn.Module):
+    """One step of Flash Diffusion on an encoded batch: the student's loss, and those of who judges it.
+
+    Student, discriminator and fake score have one loss, the sum of theirs; none's part has a gradient with respect to
+    another's weights. So one backward pass serves all, and one optimizer, with a learning rate for each of them
+    (`auxiliary`). The teacher's path is walked once for all terms.
+
+    Args:
+        student: `Denoiser` (a Module) that is trained.
+        teacher: `Denoiser` that is not; not registered here, so that it is neither trained nor synchronised nor saved.
+        process: the teacher's, with what the teacher predicts.
+        student_prediction: what the student predicts, one of `linattn.distill.noise_process.PREDICTIONS`; None: as the
+            teacher.
+        order: of the teacher's `solver`.
+        distance, huber_c, perceptual: of `distillation_loss`.
+        discriminator: `linattn.distill.discriminator.Discriminator`; None: no adversarial term.
+        features: names of modules of the teacher that it sees; (): the teacher's prediction.
+        adversarial: its kind, one of `ADVERSARIAL`.
+        real: what it takes for real: "data", or where the "teacher"'s path ends.
+        levels: of `adversarial_timesteps`.
+        fake_score: `Denoiser` (a Module) that learns to denoise the student's samples (DMD2), with the process of the
+            teacher; None: the student itself takes its place (Flash).
+        drop: of each entry of the condition, the chance that the student does not see it.
+
+    Raises:
+        ValueError: another distance, kind or source of what is real.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Denoiser,
+        process: NoiseProcess,
+        *,
+        student_prediction: str | None = None,
+        order: int = 1,
+        distance: str = "l2",
+        huber_c: float = 1e-3,
+        perceptual: Distance | None = None,
+        discriminator: Discriminator | None = None,
+        features: Sequence[str] = (),
+        adversarial: str = "lsgan",
+        real: str = "data",
+        levels: Sequence[int] = ADVERSARIAL_LEVELS,
+        fake_score: nn.Module | None = None,
+        drop: Mapping[str, float] | None = None,
+    ):
+        super().__init__()
+        _expect_adversarial(adversarial)
+        if distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
+        if real not in ("data", "teacher"):
+            raise ValueError(f"real must be 'data' or 'teacher', got {real!r}")
+        self.student, self.discriminator, self.fake_score = student, discriminator, fake_score
+        self._frozen = (teacher,)
+        self.process, self.order = process, order
+        self.student_process = process.with_prediction(student_prediction or process.prediction_type)
+        self.features, self.adversarial, self.real = tuple(features), adversarial, real
+        self.levels, self.drop = tuple(levels), dict(drop or {})
+        self._distance = {"kind": distance, "huber_c": huber_c, "perceptual": perceptual}
+        self._grids: dict[int, Grid] = {}
+
+    @property
+    def auxiliary(self) -> dict[str, nn.Module]:
+        """What is trained beside the student, by name."""
+        parts = {"discriminator": self.discriminator, "fake_score": self.fake_score}
+        return {name: module for name, module in parts.items() if module is not None}
+
+    def grid(self, steps: int) -> Grid:
+        if steps not in self._grids:
+            self._grids[steps] = self.process.grid(steps)
+        return self._grids[steps]
+
+    def estimate(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The clean sample (B, ...) that the student says, as its sampler reads it: with gradients."""
+        clean = self.student_process.clean(self.student(noisy, timesteps, condition), noisy, timesteps)
+        # The boundary of LCMScheduler, which has none for flow matching.
+        return clean if self.process.alphas_cumprod is None else at_boundary(clean, noisy, timesteps)
+
+    def forward(
+        self,
+        latents: Tensor,
+        draws: FlashDraws,
+        condition: Mapping[str, Tensor],
+        absent: Mapping[str, Tensor],
+        phase: Phase,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch: "loss", the sum that is trained with; and its terms, without factors and gradients.
+
+        Args:
+            latents: (B, ...) float32, of data.
+            draws: everything random about the step.
+            condition: entries (B, ...).
+            absent: the same entries, `unconditional`: what the guided teacher is compared with, and what the student
+                sees of an entry that is dropped.
+            phase: that training is in.
+        """
+        if self.discriminator is not None and self.adversarial == "wgan":
+            clamp_weights(self.discriminator)
+        (denoiser,), process, count = self._frozen, self.process, len(latents)
+        grid = self.grid(phase.grid_steps)
+        seen = with_dropped(condition, absent, self.drop, draws.dropout) if self.drop else dict(condition)
+        index = start_index(draws.start.to(latents.device), phase.probabilities())
+        guidance = phase.guidance_of(draws.guidance.to(latents.device))
+        noisy = noised_start(latents, draws.noise, index, grid)
+        timesteps = grid.timesteps.to(index.device)[index].expand(count)
+        with torch.no_grad():
+            target = rollout(
+                teacher_of(denoiser, condition, absent, guidance),
+                noisy,
+                index,
+                grid,
+                prediction_type=process.prediction_type,
+                order=self.order,
+            )
+        student = self.estimate(noisy, timesteps, seen)
+        terms = {"distillation": distillation_loss(student, target, **self._distance)}
+        if phase.dmd:
+            terms["dmd"] = distribution_matching(
+                student,
+                draws.renoise,
+                process.random_timesteps(draws.renoise_level.to(latents.device)),
+                teacher_of(denoiser, condition, absent, phase.guidance_of(draws.renoise_guidance.to(latents.device))),
+                teacher_of(self.student if self.fake_score is None else self.fake_score, seen),
+                process,
+                fake_process=self.student_process if self.fake_score is None else None,
+            )
+        others: dict[str, Tensor] = {}
+        if self.discriminator is not None:
+            real = latents if self.real == "data" else target
+            judged, others["discriminator"] = self._judged(student, real, draws, condition, phase)
+            if phase.adversarial:
+                terms["adversarial"] = judged
+        if self.fake_score is not None:
+            level = process.random_timesteps(draws.fake_level.to(latents.device))
+            others["fake_score"] = fake_score_loss(
+                teacher_of(self.fake_score, seen), student, draws.fake_noise, level, process
+            )
+        total = phase.total(**terms).to(latents.device) + sum(others.values())
+        return {"loss": total} | {name: value.detach() for name, value in (terms | others).items()}
+
+    def _judged(
+        self, student: Tensor, real: Tensor, draws: FlashDraws, condition: Mapping[str, Tensor], phase: Phase
+    ) -> tuple[Tensor | None, Tensor]:
+        """The student's adversarial term, if this phase has one, and the discriminator's loss."""
+        (denoiser,), process = self._frozen, self.process
+        level = adversarial_timesteps(draws.adversarial_level.to(student.device), process, self.levels)
+
+        def features(sample: Tensor) -> dict[str, Tensor]:
+            # The same noise for both: what is left to tell them apart by is the sample.
+            noisy = process.add_noise(sample, draws.adversarial_noise, level)
+            return features_of(denoiser, self.features, noisy, level, condition)
+
+        with torch.set_grad_enabled(bool(phase.adversarial) and torch.is_grad_enabled()):
+            of_student = features(student)
+            term = generator_loss(self.adversarial, self.discriminator.judge(of_student)) if phase.adversarial else None
+        with torch.no_grad():
+            of_real = features(real)
+        fixed = {name: value.detach() for name, value in of_student.items()}
+        loss = discriminator_loss(self.adversarial, self.discriminator(of_real), self.discriminator(fixed))
+        return term, loss
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
