@@ -21,6 +21,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag, ValidationError
 
 from ..paths import expand, instead_of, tar_paths
+from .filters import Filters
 from .flash_sections import FlashObjective
 from .schema import (
     Count,
@@ -220,6 +221,7 @@ class Data(Section):
     max_aspect: Annotated[float, BeforeValidator(number), Field(ge=1)] = 2.0
     caption_drop: Probability = 0.0  # chance that a caption is replaced by the empty one
     workers: Annotated[int, Field(ge=0)] = 4
+    filters: Filters = Field(default_factory=Filters)  # which samples are used
     cache: CacheSettings = Field(default_factory=CacheSettings)
     upscaling: Upscaling = Field(default_factory=Upscaling)  # in place of resize, crop and flip beside kind: edm
 

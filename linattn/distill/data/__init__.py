@@ -15,11 +15,12 @@ from .loader import captions, latent_key, loader, pair_loader
 from .order import Draw, Order, bucket_of, buckets, pair_rng, sample_rng, targets
 from .pairs import pair
 from .pictures import prepare_image
-from .sources import DataError, LargeEnough, Source, open_source
+from .sources import DataError, Filtered, LargeEnough, Source, open_source
 
 __all__ = [
     "DataError",
     "Draw",
+    "Filtered",
     "LargeEnough",
     "Order",
     "Source",

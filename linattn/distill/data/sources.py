@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import json
 import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -24,6 +25,7 @@ from . import pictures
 from .pictures import Size
 
 if TYPE_CHECKING:
+    from ..filters import Filters
     from ..recipe import Data
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -60,6 +62,13 @@ class Source(Protocol):
     def caption(self, index: int) -> str:
         """The text that belongs to the picture; "" where captions are not looked for."""
 
+    def values(self, keys: Sequence[str]) -> Iterator[dict[str, object]]:
+        """What stands under these keys beside each picture, in their order; a key that is lacking is not in it.
+
+        Raises:
+            DataError: what holds them cannot be read.
+        """
+
 
 def open_source(data: Data, *, captions: bool = True) -> Source:
     """The source that the `data` section of a recipe names.
@@ -78,6 +87,8 @@ def open_source(data: Data, *, captions: bool = True) -> Source:
     `datasets`: what `Dataset.save_to_disk` wrote; `data.split` if it holds several. `data.image_key` is the column of
     pictures, by default "image"; `data.caption_key` that of captions, by default "text" or "caption".
 
+    Of these, the samples that `data.filters` leaves.
+
     Args:
         captions: whether the run needs any. If not, nothing that would hold one is read or missed: every picture below
             the folder, in the tars or in the column is a sample, `metadata.jsonl` or not.
@@ -90,35 +101,15 @@ def open_source(data: Data, *, captions: bool = True) -> Source:
         "webdataset": lambda data: TarShards(data.path, data.image_key, data.caption_key, captions),
         "datasets": lambda data: ArrowFolder(data.path, data.split, data.image_key, data.caption_key, captions),
     }
-    return makers[data.kind](data)
+    source = makers[data.kind](data)
+    return Filtered(source, data.filters) if data.filters.keys else source
 
 
-class LargeEnough:
-    """The pictures of a source neither of whose sides is shorter than `side` pixels, in their order.
+class _Some:
+    """Samples of a source, in their order."""
 
-    Reads the header of every picture once, when it is made. The others are passed over, with a warning that counts
-    them.
-
-    Raises:
-        DataError: none is large enough.
-    """
-
-    def __init__(self, source: Source, side: int):
-        self._source = source
-        self._indices = [index for index in range(len(source)) if min(source.size(index)) >= side]
-        small = len(source) - len(self._indices)
-        if not self._indices:
-            raise DataError(
-                f"data.path: expected pictures of at least {side} x {side} pixels (data.resolution), and all {small} "
-                "are smaller"
-            )
-        if small:
-            _log.warning(
-                "data.path: %d of %d pictures have a side below %d pixels (data.resolution) and are passed over",
-                small,
-                len(source),
-                side,
-            )
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self._source, self._indices = source, indices
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -137,6 +128,106 @@ class LargeEnough:
 
     def caption(self, index: int) -> str:
         return self._source.caption(self._indices[index])
+
+    def values(self, keys: Sequence[str]) -> Iterator[dict[str, object]]:
+        wanted = set(self._indices)
+        return (values for index, values in enumerate(self._source.values(keys)) if index in wanted)
+
+
+class LargeEnough(_Some):
+    """The pictures of a source neither of whose sides is shorter than `side` pixels, in their order.
+
+    Reads the header of every picture once, when it is made. The others are passed over, with a warning that counts
+    them.
+
+    Raises:
+        DataError: none is large enough.
+    """
+
+    def __init__(self, source: Source, side: int):
+        super().__init__(source, [index for index in range(len(source)) if min(source.size(index)) >= side])
+        small = len(source) - len(self._indices)
+        if not self._indices:
+            raise DataError(
+                f"data.path: expected pictures of at least {side} x {side} pixels (data.resolution), and all {small} "
+                "are smaller"
+            )
+        if small:
+            _log.warning(
+                "data.path: %d of %d pictures have a side below %d pixels (data.resolution) and are passed over",
+                small,
+                len(source),
+                side,
+            )
+
+
+class Filtered(_Some):
+    """The samples of a source that the filters leave, in their order.
+
+    Reads what stands beside every picture once, when it is made. The others are passed over, with a warning that counts
+    them.
+
+    Raises:
+        DataError: nothing is left; a value that cannot be compared; a sample without a key that it should have
+            (`missing: error`), or a key that no sample has.
+    """
+
+    def __init__(self, source: Source, filters: Filters):
+        indices, reasons, seen = [], Counter(), set()
+        for index, values in enumerate(source.values(filters.keys)):
+            values = {key: value for key, value in values.items() if value is not None and value == value}  # not NaN
+            seen |= values.keys()
+            reason = _reason(values, filters, lambda index=index: source.key(index))
+            if reason is None:
+                indices.append(index)
+            else:
+                reasons[reason] += 1
+        super().__init__(source, indices)
+        summary = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        absent = [key for key in filters.keys if key not in seen]
+        if absent:
+            raise DataError(
+                f"data.filters: expected {', '.join(map(repr, absent))} beside the pictures, and none of the "
+                f"{len(source)} samples has {'it' if len(absent) == 1 else 'them'}"
+            )
+        if not indices:
+            raise DataError(
+                f"data.filters: expected to leave samples, and all {len(source)} are passed over: {summary}"
+            )
+        if reasons:
+            _log.warning("data.filters: %d of %d samples are passed over: %s", reasons.total(), len(source), summary)
+
+
+def _reason(values: dict[str, object], filters: Filters, name: Callable[[], str]) -> str | None:
+    """Why a sample is passed over; None: it is not.
+
+    Args:
+        name: of the sample, for messages.
+    """
+    for key in filters.require:
+        if key not in values:
+            return f"without {key!r}"
+    for option, bounds in (("at_least", filters.at_least), ("at_most", filters.at_most), ("one_of", filters.one_of)):
+        for key, bound in bounds.items():
+            if key not in values:
+                if filters.missing == "error":
+                    raise DataError(
+                        f"{name()}: expected {key!r} beside the picture (data.filters.{option}), found none; "
+                        "data.filters.missing: keep or drop says what becomes of such samples"
+                    )
+                if filters.missing == "drop":
+                    return f"without {key!r}"
+                continue
+            value = values[key]
+            if option == "one_of":
+                # True is no 1.
+                if not any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in bound):
+                    return f"with another {key!r}"
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise DataError(f"{name()}: expected a number under {key!r} (data.filters.{option}), got {value!r}")
+            elif (value < bound) if option == "at_least" else (value > bound):
+                return f"with {key!r} {'below' if option == 'at_least' else 'above'} {bound:g}"
+    return None
 
 
 def _is_image(name: str) -> bool:
@@ -188,7 +279,9 @@ class ImageFolder:
         known = set(names)
         self._listed: dict[str, str] = {}
         self._captions = captions
-        tables = [name for name in names if captions and name.rpartition("/")[2] == METADATA]
+        self._tables = [name for name in names if name.rpartition("/")[2] == METADATA]
+        self._image_key = image_key or "file_name"
+        tables = self._tables if captions else []
         for table in tables:
             self._read_table(table, image_key or "file_name", caption_key or "text")
         if not tables and image_key:
@@ -231,7 +324,8 @@ class ImageFolder:
                 prefix = "" if relative == "." else f"{relative}/"
                 yield from (prefix + name for name in files if not name.startswith("."))
 
-    def _read_table(self, table: str, image_key: str, caption_key: str) -> None:
+    def _lines(self, table: str, image_key: str) -> Iterator[tuple[str, dict, str, str]]:
+        """Of each line of a table: the name of its picture, what it says, where it stands, the name as written."""
         path = self.root / table
         for number, line in enumerate(_text(path.read_bytes(), str(path)).split("\n"), start=1):
             if not line.strip():
@@ -239,7 +333,10 @@ class ImageFolder:
             where = f"{path}, line {number}"
             entry = _json(line, where)
             file = _entry(entry, image_key, where, "data.image_key")
-            name = Path(os.path.normpath(Path(table).parent / file)).as_posix()
+            yield Path(os.path.normpath(Path(table).parent / file)).as_posix(), entry, where, file
+
+    def _read_table(self, table: str, image_key: str, caption_key: str) -> None:
+        for name, entry, where, file in self._lines(table, image_key):
             if not (self.root / name).is_file():
                 raise DataError(f"{where}: expected an image file, and {str(self.root / name)!r} does not exist")
             if name in self._listed:
@@ -275,6 +372,25 @@ class ImageFolder:
             content = _entry(_json(content, str(path)), self._caption_key, str(path), "data.caption_key")
         return content.strip()
 
+    def values(self, keys: Sequence[str]) -> Iterator[dict[str, object]]:
+        listed = {
+            name: _among(entry, keys)
+            for table in self._tables
+            for name, entry, _, _ in self._lines(table, self._image_key)
+        }
+        for name in self._names:
+            path = self.root / _beside(name, "json")
+            if name in listed:
+                yield listed[name]
+            elif path.is_file():
+                yield _among(_json(_text(path.read_bytes(), str(path)), str(path)), keys)
+            else:
+                yield {}
+
+
+def _among(entry: dict, keys: Sequence[str]) -> dict[str, object]:
+    return {key: entry[key] for key in keys if key in entry}
+
 
 def _beside(name: str, kind: str) -> str:
     return f"{name.rpartition('.')[0]}.{kind}"
@@ -298,6 +414,7 @@ class _Sample(NamedTuple):
     image: _Member
     caption: _Member | None  # None: not looked for
     caption_key: str | None  # None: the member is the text; else JSON that holds it under this key
+    record: _Member | None  # the JSON, if there is one
 
 
 class TarShards:
@@ -343,7 +460,7 @@ class TarShards:
         if len(images) > 1:
             raise DataError(f"{where}: expected one image, found {', '.join(images)}; data.image_key chooses")
         if not self._captions:
-            return _Sample(shard, name, members[images[0]], None, None)
+            return _Sample(shard, name, members[images[0]], None, None, members.get("json"))
         caption, key = self._caption_key or "txt", None
         if caption not in members and not f".{self._caption_key}".endswith(".txt"):
             caption, key = "json", self._caption_key or "caption"
@@ -351,14 +468,17 @@ class TarShards:
             raise DataError(
                 f"{where}: expected a caption in a member 'txt' or 'json' (data.caption_key), found {found}"
             )
-        return _Sample(shard, name, members[images[0]], members[caption], key)
+        return _Sample(shard, name, members[images[0]], members[caption], key, members.get("json"))
 
     def _read(self, sample: _Sample, member: _Member, most: int | None = None) -> bytes:
         # Opened anew each time: an open file shared with forked workers would share its position too.
         with open(self._shards[sample.shard], "rb") as file:
-            file.seek(member.offset)
-            wanted = member.size if most is None else min(most, member.size)
-            content = file.read(wanted)
+            return self._read_from(file, sample, member, most)
+
+    def _read_from(self, file: BinaryIO, sample: _Sample, member: _Member, most: int | None = None) -> bytes:
+        file.seek(member.offset)
+        wanted = member.size if most is None else min(most, member.size)
+        content = file.read(wanted)
         if len(content) < wanted:
             raise DataError(f"{self._name(sample)}: expected {wanted} bytes, and the tar ends after {len(content)}")
         return content
@@ -396,6 +516,17 @@ class TarShards:
         if sample.caption_key is None:
             return _text(content, name).strip()
         return _entry(_json(_text(content, name), name), sample.caption_key, name, "data.caption_key").strip()
+
+    def values(self, keys: Sequence[str]) -> Iterator[dict[str, object]]:
+        for shard, samples in itertools.groupby(self._samples, key=lambda sample: sample.shard):
+            with open(self._shards[shard], "rb") as file:
+                for sample in samples:
+                    if sample.record is None:
+                        yield {}
+                        continue
+                    name = self._name(sample)
+                    content = self._read_from(file, sample, sample.record)
+                    yield _among(_json(_text(content, name), name), keys)
 
 
 def _find_shards(path: str | Iterable[str]) -> list[Path]:
@@ -480,6 +611,7 @@ class ArrowFolder:
             self.caption_key = _column(table, "data.caption_key", caption_key, ["text", "caption"])
         self._fingerprint = getattr(table, "_fingerprint", "")
         table = table.with_format(None)
+        self._table = table
         images = table.select_columns([self.image_key])
         if isinstance(images.features[self.image_key], datasets.Image):
             images = images.cast_column(self.image_key, datasets.Image(decode=False))  # the file, not its pixels
@@ -524,6 +656,12 @@ class ArrowFolder:
         if not isinstance(value, str):
             raise DataError(f"{self._name(index)}: expected text in column {self.caption_key!r}, got {value!r}")
         return value.strip()
+
+    def values(self, keys: Sequence[str]) -> Iterator[dict[str, object]]:
+        present = [key for key in keys if key in self._table.column_names]
+        if not present:
+            return iter({} for _ in range(len(self)))
+        return iter(self._table.select_columns(present))
 
 
 def _column(table, option: str, wanted: str | None, usual: list[str]) -> str:
