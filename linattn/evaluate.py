@@ -182,15 +182,18 @@ class CanvasJudge(NamedTuple):
         return [tuple(int(digit) for digit in row[mask]) for row, mask in zip(seen, used, strict=True)]
 
     def scores(self, ink: np.ndarray) -> np.ndarray:
-        """What it decides by, (n, CELLS * 10): how much each cell looks like each digit, zeros where it is empty.
+        """What it decides by, as features of canvases, (n, 10 + CELLS): which digits, and where.
 
-        Features of whole canvases, as those of a classifier of photographs are for photographs.
+        For each digit how much the written cells look like it (a clear one has about 1 for its own digit and the rest
+        spread over the others), summed; then 1 for each cell that is written on. So few on purpose, as are those of
+        :func:`canvas_features`: a Frechet distance needs several canvases per dimension.
         """
         used = used_cells(ink)
-        scores = np.zeros((*used.shape, len(self.svc.classes_)))
+        classes = len(self.svc.classes_)
+        scores = np.zeros((*used.shape, classes))
         if used.any():
-            scores[used] = self.svc.decision_function(_relative(ink[used]))
-        return scores.reshape(len(scores), -1)
+            scores[used] = self.svc.decision_function(_relative(ink[used])) / (classes - 1)
+        return np.concatenate([scores.sum(1), used], axis=1)
 
 
 @functools.cache

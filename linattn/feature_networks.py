@@ -69,7 +69,7 @@ def load(name: str, device: str = "cpu", *, download: bool = True) -> FeatureNet
 
     Args:
         name: "inception": the Inception of FID as clean-fid has it, 2048 features (extra ``eval``; a file of 95 MB is
-            fetched once); "digits": what the judge of :mod:`linattn.evaluate` sees in canvases of digits, 90 features,
+            fetched once); "digits": what the judge of :mod:`linattn.evaluate` sees in canvases of digits, 19 features,
             offline; "module:callable": a function or torch module of float32 pictures (n, 3, height, width) in 0..1
             that gives features (n, d). If it has an attribute ``size``, pictures are resized to that first.
         download: whether to fetch what is missing.
@@ -86,23 +86,23 @@ def load(name: str, device: str = "cpu", *, download: bool = True) -> FeatureNet
     raise Unavailable(f"expected {', '.join(NAMES)} or MODULE:CALLABLE, got {name!r}")
 
 
-def read_picture(path: str | os.PathLike, resolution: int | None = None) -> np.ndarray:
-    """A file as (height, width, 3) uint8.
-
-    Args:
-        resolution: cut to the square in the middle, then resized to this by Pillow's Lanczos filter, in 8 bits; None:
-            as it is.
-    """
+def read_picture(path: str | os.PathLike) -> np.ndarray:
+    """A file as (height, width, 3) uint8."""
     from PIL import Image
 
     with Image.open(path) as file:
-        picture = file.convert("RGB")
-    if resolution is not None:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-        picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.array(picture)
+        return np.array(file.convert("RGB"))
+
+
+def square(picture: np.ndarray, resolution: int) -> np.ndarray:
+    """The square in the middle of a picture, resized by Pillow's Lanczos filter in 8 bits."""
+    from PIL import Image
+
+    height, width, _ = picture.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    middle = Image.fromarray(picture[top : top + side, left : left + side])
+    return np.array(middle.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def resize(picture: np.ndarray, size: int) -> torch.Tensor:

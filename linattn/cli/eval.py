@@ -1,5 +1,11 @@
-"""Score a model that draws canvases of handwritten digits: stock attention, controls, and linear attention.
+"""Scores of pictures: of a folder or of captions against real pictures, or of a model that draws handwritten digits.
 
+With --folder (pictures that are there) or --captions (a text file: line i is drawn with seed i, as linattn generate
+draws it): FID, precision, recall, density and coverage --against a folder of real pictures or a file of their
+statistics, and CLIP score with --clip, all with 95 % intervals. A run that was stopped goes on with what is in --cache.
+Several GPUs: accelerate launch -m linattn eval ... What the figures are: docs/evaluation.md.
+
+Without either: stock attention, controls, and linear attention of a model that draws canvases of digits.
 Every variant draws the same held-out orders of digits with the same seeds. A judge trained on real digits reads them;
 the tables give exact-sequence accuracy, Frechet distances to real canvases, the difference to the teacher seed by seed,
 and diversity, all with 95 % intervals, beside what real digits score in the same way. The JSON has every figure, what
@@ -17,23 +23,21 @@ variants:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linattn._quiet import quiet_diffusers
-from linattn.cli import _variants
+from linattn.cli import _eval_pictures, _variants
 from linattn.cli._attention import bundled_student
+from linattn.cli._eval_files import check_out, check_writable, say, threads, write
 from linattn.cli._models import (
     USUAL_GUIDANCE,
     Problem,
@@ -53,7 +57,7 @@ from linattn.cli._models import (
 if TYPE_CHECKING:
     from linattn.evaluate import Evaluation
 
-HELP = "scores of a model that draws digits: accuracy, Frechet distance, diversity, with intervals"
+HELP = "scores of pictures: FID, CLIP score, precision, recall; accuracy of a model that draws digits"
 
 #: Names the layout of the JSON; another layout gets another number.
 FORMAT = "linattn eval 1"
@@ -67,6 +71,9 @@ examples:
   linattn eval --quick
   linattn eval --out scores.json --pictures drawn
   linattn eval --model ./my_pipeline --student ./my_student --digits 3 --n 300 --variants teacher after
+  linattn eval --folder drawn --against coco_val2014 --resolution 256 --save-statistics drawn.safetensors
+  linattn eval --captions captions.txt --model ./my_pipeline --steps 4 --against coco.safetensors --resolution 256 \\
+      --clip openai/clip-vit-large-patch14
 """
 
 
@@ -87,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(_variants.TITLES)} [all]",
     )
     parser.add_argument(
-        "--n", type=int, help=f"pictures per number of digits, and of seen orders [{DEFAULTS['n']}; quick {QUICK['n']}]"
+        "--n",
+        type=int,
+        help=f"pictures per number of digits, and of seen orders; captions [{DEFAULTS['n']}; quick {QUICK['n']}; all]",
     )
     parser.add_argument(
         "--digits",
@@ -96,8 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"numbers of digits on a canvas [{_words(DEFAULTS['digits'])}; quick {_words(QUICK['digits'])}]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of orders, noise and real canvases [0]")
-    parser.add_argument("--steps", type=int, help=f"denoising steps [{DEFAULTS['steps']}; quick {QUICK['steps']}]")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of orders, noise and real canvases; of the first caption [0]"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"denoising steps [{DEFAULTS['steps']}; quick {QUICK['steps']}; captions: as generate]",
+    )
     parser.add_argument(
         "--guidance",
         type=float,
@@ -106,10 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("eval.json"), metavar="FILE", help="the JSON [eval.json]")
     parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="write all pictures there, one sheet per variant and set"
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="write all pictures there, one sheet per variant and set; of captions 000000.png and so on [in --cache]",
     )
     parser.add_argument("--quick", action="store_true", help="few pictures and steps: to see that it runs")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch [as it chooses]")
+    _eval_pictures.add_arguments(parser)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
 
@@ -128,18 +147,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if _eval_pictures.wanted(args):
+        return _eval_pictures.run(args)
     # What costs nothing is checked first, then what needs torch, then what needs the hub, and only then is drawn.
     for name, value in (QUICK if args.quick else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     _check_values(args)
-    _check_writable("--out", args.out, args.out.parent)
-    if args.out.is_dir():
-        raise Problem(f"--out {args.out}: expected a file, it is a folder")
-    if args.out.exists() and not _is_ours(args.out):
-        raise Problem(f"--out {args.out} exists and is no JSON of linattn eval: choose another name")
+    _eval_pictures.check_absent(args)
+    check_out(args.out)
     if args.pictures is not None:
-        _check_writable("--pictures", args.pictures, args.pictures)
+        check_writable("--pictures", args.pictures, args.pictures)
     _check_installed()
 
     from linattn import bundled
@@ -158,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
     check_safetensors(model, layout)
     sources = digests(model, layout, student)
 
-    with _threads(args.threads):
+    with threads(args.threads):
         pipe = load_pipeline(model.path)
         result = _evaluate(
             args,
@@ -172,17 +190,13 @@ def _run(args: argparse.Namespace) -> int:
             **_facts(pipe),
             **result.to_json(),
         }
-    _write(args.out, record)
+    write(args.out, record)
     print(tables(result))
-    _say(f"\nevery figure, and what was read in every picture: {args.out}")
+    say(f"\nevery figure, and what was read in every picture: {args.out}")
     return 0
 
 
 _SOURCES = ("model", "weights")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _words(values) -> str:
@@ -312,26 +326,6 @@ def _check_values(args: argparse.Namespace) -> None:
         raise Problem(f"--variants: expected each once, got {_words(args.variants)}")
 
 
-def _check_writable(option: str, path: Path, folder: Path) -> None:
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        # The permission bits do not say it (root, read-only mounts), a try does.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise Problem(f"{option} {path}: cannot write into {existing}: {error.strerror or error}") from error
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and str(found.get("format", "")).startswith("linattn eval")
-
-
 def _check_installed() -> None:
     needed = {"diffusers": "diffusers", "transformers": "transformers", "accelerate": "accelerate", "PIL": "pillow"}
     needed |= {"sklearn": "scikit-learn"}
@@ -363,7 +357,7 @@ def _student(args: argparse.Namespace, model, layout) -> tuple[Source | None, li
         if args.variants is not None:
             raise Problem(f"--variants {needing[0]}: {why}")
         listed = " and ".join(f"{name!r}" for name in needing)
-        _say(f"{why}. Without it {'the variant' if len(needing) == 1 else 'variants'} {listed} cannot be drawn.")
+        say(f"{why}. Without it {'the variant' if len(needing) == 1 else 'variants'} {listed} cannot be drawn.")
         _try_on(layout, model, None)
         return None, [one for one in chosen if one not in needing]
     source = locate("--student", name)
@@ -404,19 +398,6 @@ def _try_on(layout, model, source, config: dict | None = None) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the work
-
-
-@contextlib.contextmanager
-def _threads(wanted: int | None):
-    import torch
-
-    before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _evaluate(args: argparse.Namespace, pipe, wanted: dict) -> Evaluation:
@@ -494,17 +475,3 @@ def _facts(pipe) -> dict:
         "backend": backend.choose("linear_attention", torch.device("cpu"), torch.float32),
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
     }
-
-
-def _write(path: Path, record: dict) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, default=str, ensure_ascii=False, allow_nan=False) + "\n"
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
