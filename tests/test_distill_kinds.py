@@ -10,19 +10,21 @@ pytest.importorskip("diffusers", reason='distillation needs the extra: pip insta
 pytest.importorskip("pydantic", reason='distillation needs the extra: pip install "linattn[train]"')
 
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionXLAdapterPipeline
-from helpers.tiny_kinds import KINDS, tiny_adapter, tiny_kind
-from helpers.tiny_pipelines import tiny_pipeline
+from helpers.tiny_kinds import KINDS, OWN, tiny_adapter, tiny_kind
+from helpers.tiny_pipelines import tiny_ip_adapter, tiny_pipeline
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from linattn.distill import pipelines
 from linattn.distill.data.edges import canny
 from linattn.distill.data.masks import ellipse_mask, random_mask
 from linattn.distill.noise import _stream
 from linattn.distill.pipelines import picture_conditioned
+from linattn.distill.pipelines.face_swap import FaceSwap
 
 pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
-SHOWN = ("inpainting", "upscaler", "adapter")
+SHOWN = ("inpainting", "upscaler", "adapter", OWN)
 FAMILIES = ("sd15", "sdxl", "flux", "sd3")
 SEED = 7
 #: Of a few roundings in float32, relative to numbers about 1.
@@ -32,7 +34,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("kinds")
-    for name in KINDS:
+    for name in (*KINDS, OWN):
         tiny_kind(name).save_pretrained(root / name)
     for name in FAMILIES:
         tiny_pipeline(name).save_pretrained(root / name)
@@ -48,7 +50,7 @@ def loaded(folders):
         if name not in kept:
             stock = DiffusionPipeline.from_pretrained(folders / name)
             stock.set_progress_bar_config(disable=True)
-            kept[name] = pipelines.load(str(folders / name)), stock
+            kept[name] = pipelines.load(str(folders / name), kind=FaceSwap if name == OWN else None), stock
         return kept[name]
 
     return of
@@ -97,7 +99,7 @@ def calls_of(network):
 # ------------------------------------------------------------------------------------------------------- every kind
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *KINDS])
+@pytest.mark.parametrize("name", [*FAMILIES, *KINDS, OWN])
 def test_every_entry_of_a_condition_has_a_policy(loaded, name):
     models, _ = loaded(name)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
@@ -106,12 +108,13 @@ def test_every_entry_of_a_condition_has_a_policy(loaded, name):
     assert all(len(value) == 2 for value in condition.values())
     assert set(models.policies().values()) <= {"empty", "zero", "keep"}
     assert "flash" in models.objectives and models.needs_pixels == (name in SHOWN)
-    # What is kept where there is no prompt is none: it is the same for both captions, or made of the picture.
+    # What is kept where there is no prompt is none itself.
     empty = models.encode_text([""])
-    assert all((policy == "keep") != (entry in empty) for entry, policy in models.policies().items())
+    assert all((policy == "keep") <= (entry not in empty) for entry, policy in models.policies().items())
+    assert all((policy == "empty") <= (entry in empty) for entry, policy in models.policies().items())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *KINDS])
+@pytest.mark.parametrize("name", [*FAMILIES, *KINDS, OWN])
 def test_feature_modules_are_there_and_unets_have_one(loaded, name):
     models, _ = loaded(name)
     assert models.feature_modules() == (("mid_block",) if models.component == "unet" else ())
@@ -284,6 +287,81 @@ def test_adapter_is_put_beside_a_plain_sdxl(folders, tmp_path):
     assert all(torch.equal(made[entry], value) for entry, value in expected.items())
 
 
+# ------------------------------------------------------------------------------------------------- a kind of one's own
+
+
+def test_face_swap_tells_the_network_whose_face_and_hides_it(loaded):
+    models, stock = loaded(OWN)
+    pixels = torch.rand(6, 3, 32, 32) * 2 - 1
+    made = models.picture_condition(pixels, range(6), SEED)
+    shades = [torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)]
+    with torch.no_grad():
+        either = [
+            stock.image_encoder((x / 2 + 0.5 - shades[0]) / shades[1]).image_embeds for x in (pixels, pixels.flip(-1))
+        ]
+    upright, mirrored = ((made["class_labels"] - e).abs().amax(1) < 1e-5 for e in either)
+    assert (upright ^ mirrored).all() and upright.any() and mirrored.any()
+    masks = made["concat"][:, :1]
+    assert masks[:, :, 8, 8].all() and not masks[:, :, 0].any(), "the middle is hidden"
+    noisy, t = torch.randn(6, 4, 16, 16), torch.full((6,), 500)
+    condition = models.encode_text([""] * 6) | made
+    with torch.no_grad():
+        said = models.denoiser(models.model)(noisy, t, condition)
+        other = models.denoiser(models.model)(noisy, t, condition | {"class_labels": made["class_labels"].flip(0)})
+        expected = stock.unet(
+            torch.cat([noisy, made["concat"]], 1),
+            t,
+            condition["encoder_hidden_states"],
+            class_labels=made["class_labels"],
+        ).sample
+    torch.testing.assert_close(said, expected, **CLOSE)
+    assert (other - said).abs().max() > 1e-4
+
+
+def test_drawn_faces_are_those_of_the_picture_before(loaded):
+    models, _ = loaded(OWN)
+    one, two = photograph(32, 32), photograph(32, 32).transpose(Image.Transpose.ROTATE_90)
+    shared = {"steps": 2, "guidance": 3.0, "height": 32, "width": 32, "seed": 3, "autocast": contextlib.nullcontext}
+    seen = []
+    vectors = models.vectors
+    models.vectors = lambda pixels: seen.append(pixels) or vectors(pixels)
+    try:
+        models.draw(models.model, ["", ""], pictures=[one, two], **shared)
+    finally:
+        del models.vectors
+    assert torch.equal(seen[0], pixels_of(two)) and torch.equal(seen[1], pixels_of(one))
+
+
+def test_identity_encoder_is_any_frozen_module(folders, tmp_path):
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(16))
+
+        def forward(self, pixels):
+            return pixels.mean((1, 2, 3))[:, None] * self.scale
+
+    encoder = Mean()
+    models = pipelines.load(str(folders / OWN), kind=FaceSwap, options={"identity": encoder})
+    models.place(torch.device("cpu"), torch.bfloat16)
+    assert not encoder.scale.requires_grad and encoder.scale.dtype == torch.float32
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    made = models.picture_condition(pixels, [0, 1], SEED)["class_labels"]
+    torch.testing.assert_close(made, pixels.mean((1, 2, 3))[:, None].expand(2, 16), **CLOSE)
+
+    tiny_ip_adapter()[1].save_pretrained(tmp_path / "clip")
+    pipe = tiny_kind(OWN)
+    pipe.register_modules(image_encoder=None)
+    pipe.save_pretrained(tmp_path / "without")
+    models = pipelines.load(str(tmp_path / "without"), kind=FaceSwap, options={"identity": str(tmp_path / "clip")})
+    models.save(tmp_path / "saved", models.model)
+    assert (tmp_path / "saved" / "image_encoder" / "model.safetensors").is_file()
+    with pytest.raises(
+        ValueError, match=r"model\.options\.identity: expected the name or folder of a CLIPVision.*got null"
+    ):
+        pipelines.load(str(tmp_path / "without"), kind=FaceSwap)
+
+
 # ------------------------------------------------------------------------------------------------- edges and masks
 
 
@@ -347,7 +425,7 @@ def test_drawing_is_the_scheduler_s_walk_with_guidance(loaded, name):
     pixels = pixels_of(photograph())
     size = torch.tensor([[48, 64]])
     text = models.encode_text(["a two"]) | models.encode_sizes(size, 0 * size, size)
-    condition = text | models.shown_condition(pixels, 3)
+    condition = text | models.shown_condition(pixels, pixels, 3)
     generator = torch.Generator().manual_seed(3)
     factor = models.pipeline.vae_scale_factor
     sample = torch.randn(1, 4, 48 // factor, 64 // factor, generator=generator)
@@ -371,6 +449,10 @@ def test_drawing_is_the_scheduler_s_walk_with_guidance(loaded, name):
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
+class Odd(torch.nn.Module):
+    dim = 7
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "options", "message"),
     [
@@ -379,11 +461,12 @@ def test_drawing_is_the_scheduler_s_walk_with_guidance(loaded, name):
         (None, "upscaler", {"noise_level": 351}, r"model\.options\.noise_level: expected a number from 0 to 350"),
         (None, "adapter", {"low": 300.0}, r"model\.options: expected 0 <= low <= high"),
         (None, "sd15", {"whole": 0.5}, r"model\.options: expected options of StableDiffusion \(none\), got 'whole'"),
-        ("StableDiffusionInpainting", "sd15", {}, r"a UNet with 9 input channels \(latents, a mask .*, got 4"),
+        (FaceSwap, "inpainting", {}, r"model\.options\.identity: expected the name or folder"),
+        (FaceSwap, OWN, {"identity": Odd()}, r"model\.options\.identity: expected vectors of 16 numbers .*got 7"),
+        (pipelines.StableDiffusionInpainting, "sd15", {}, r"a UNet with 9 input channels \(latents, a mask .*, got 4"),
     ],
 )
 def test_what_a_kind_cannot_do_is_refused_by_key(folders, kind, name, options, message):
-    kind = kind and getattr(pipelines, kind)
     with pytest.raises(ValueError, match=message):
         pipelines.load(str(folders / name), kind=kind, options=options)
 

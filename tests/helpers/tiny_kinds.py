@@ -1,6 +1,6 @@
 """Small pipelines of real classes that are shown more than a caption, or have PixArt's transformer.
 
-    pipe = tiny_kind("inpainting")      # also "pixart", "pixart-sigma", "upscaler", "adapter"
+    pipe = tiny_kind("inpainting")      # also "pixart", "pixart-sigma", "upscaler", "adapter", "faceswap"
 
 As those of `tiny_pipelines`, they save and load again, and fetch nothing.
 """
@@ -16,15 +16,17 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
     StableDiffusionXLAdapterPipeline,
     T2IAdapter,
 )
 from transformers import ByT5Tokenizer
 
-from .tiny_pipelines import TEXT_DIM, _t5, _vae, tiny_pipeline
+from .tiny_pipelines import TEXT_DIM, _t5, _vae, tiny_ip_adapter, tiny_pipeline
 
-KINDS = ("pixart", "pixart-sigma", "inpainting", "upscaler", "adapter")
+#: Those of diffusers, and one whose class is no other's: `linattn.distill.pipelines.face_swap.FaceSwap`.
+KINDS, OWN = ("pixart", "pixart-sigma", "inpainting", "upscaler", "adapter"), "faceswap"
 
 
 def tiny_kind(name: str):
@@ -108,10 +110,19 @@ def _adapter():
     return StableDiffusionXLAdapterPipeline(**parts, adapter=tiny_adapter())
 
 
+def _faceswap():
+    """A Stable Diffusion with a UNet that is told a vector, and a CLIP that makes such."""
+    unet = {"in_channels": 9, "class_embed_type": "projection", "projection_class_embeddings_input_dim": TEXT_DIM}
+    parts = dict(tiny_pipeline("sd15", **unet).components)
+    parts["image_encoder"] = tiny_ip_adapter()[1]
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
 _MAKERS = {
     "pixart": lambda: _pixart(sigma=False),
     "pixart-sigma": lambda: _pixart(sigma=True),
     "inpainting": _inpainting,
     "upscaler": _upscaler,
     "adapter": _adapter,
+    OWN: _faceswap,
 }

@@ -22,7 +22,7 @@ from ..data.pictures import prepare_image
 from ..denoiser import Denoiser
 from ..noise import _stream
 from ..noise_process import NoiseProcess
-from ..objectives.flash import unconditional
+from ..objectives.flash import sampling_timesteps, unconditional
 from .text_to_image import StableDiffusion, StableDiffusionXL
 
 #: Which part of a sample's random numbers its picture condition is made of.
@@ -53,9 +53,23 @@ class PictureConditioned(StableDiffusion):
     def denoiser(self, model: nn.Module) -> Denoiser:
         return ConditionalUNetDenoiser(model)
 
-    def shown_condition(self, pixels: Tensor, seed: int) -> dict[str, Tensor]:
-        """The `picture_condition` of (1, 3, H, W) where a validation picture is drawn."""
+    def shown_condition(self, pixels: Tensor, before: Tensor, seed: int) -> dict[str, Tensor]:
+        """The `picture_condition` where a picture is drawn and not trained on.
+
+        Args:
+            pixels: (1, 3, H, W) in -1..1.
+            before: the picture that stands before it in the list, (1, 3, H, W), for kinds that are shown two; itself,
+                where it is alone.
+        """
         return self.picture_condition(pixels, [0], seed)
+
+    def few_step_arguments(self, steps: int, grid_steps: int) -> dict[str, object]:
+        """As `linattn.schedulers.few_step_arguments` for the pipeline, whose call may take no timesteps; `draw` does.
+
+        Raises:
+            ValueError: steps out of range.
+        """
+        return {"timesteps": sampling_timesteps(self.process().grid(grid_steps), steps).tolist()}
 
     @torch.no_grad()
     def draw(
@@ -93,10 +107,13 @@ class PictureConditioned(StableDiffusion):
         arguments = {"num_inference_steps": steps, "guidance_scale": guidance, **(arguments or {})}
         side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         size = height or side, width or side
+        shown = [prepare_image(picture, size, resize="crop")[0][None] for picture in pictures]
+        sizes = torch.tensor([size])
         drawn = []
         for place, prompt in enumerate(prompts):
-            pixels, _ = prepare_image(pictures[place % len(pictures)], size, resize="crop")
-            condition = self._shown([prompt], pixels[None], seed)
+            pixels, before = (shown[(place + back) % len(shown)] for back in (0, -1))
+            condition = self.encode_text([prompt]) | self.encode_sizes(sizes, torch.zeros_like(sizes), sizes)
+            condition |= self.shown_condition(pixels, before, seed)
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(self._latent_shape(size), generator=generator).to(self._device)
             with autocast():
@@ -105,11 +122,6 @@ class PictureConditioned(StableDiffusion):
                 )
             drawn += self.pipeline.image_processor.postprocess(self.decode(latents))
         return drawn
-
-    def _shown(self, prompts: Sequence[str], pixels: Tensor, seed: int) -> dict[str, Tensor]:
-        size = torch.tensor([pixels.shape[2:]])
-        condition = self.encode_text(prompts) | self.encode_sizes(size, torch.zeros_like(size), size)
-        return condition | self.shown_condition(pixels, seed)
 
     def _latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         factor = self.pipeline.vae_scale_factor
@@ -176,8 +188,8 @@ class StableDiffusionInpainting(PictureConditioned):
         """(1, H, W) float32, by the random numbers of a sample."""
         return random_mask(size, stream, whole=self.whole)
 
-    def shown_condition(self, pixels: Tensor, seed: int) -> dict[str, Tensor]:
-        """Without the middle of the picture, half as high and half as wide."""
+    def shown_condition(self, pixels: Tensor, before: Tensor, seed: int) -> dict[str, Tensor]:
+        # Without the middle of the picture, half as high and half as wide.
         height, width = pixels.shape[2:]
         mask = np.zeros((1, height, width), np.float32)
         mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = 1
@@ -211,6 +223,7 @@ class StableDiffusionUpscaler(PictureConditioned):
 
     #: Of validation pictures: the default of the pipeline.
     SHOWN_LEVEL = 20
+    unused = (*StableDiffusion.unused, "watermarker")
 
     def __init__(self, pipeline, *, noise_level: int | None = None):
         super().__init__(pipeline)
@@ -232,7 +245,7 @@ class StableDiffusionUpscaler(PictureConditioned):
         own = streams(numbers, seed)
         return self.noised(pixels, [int(s.integers(0, self.noise_level, endpoint=True)) for s in own], own)
 
-    def shown_condition(self, pixels: Tensor, seed: int) -> dict[str, Tensor]:
+    def shown_condition(self, pixels: Tensor, before: Tensor, seed: int) -> dict[str, Tensor]:
         return self.noised(pixels, [min(self.SHOWN_LEVEL, self.noise_level)], streams([0], seed))
 
     def noised(self, pixels: Tensor, levels: Sequence[int], own: Sequence[np.random.Generator]) -> dict[str, Tensor]:

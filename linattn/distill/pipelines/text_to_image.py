@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...evaluate import call_arguments
+from ...schedulers import few_step_arguments
 from ..conditional_denoisers import PixArtDenoiser
 from ..denoiser import Denoiser, FluxDenoiser, SD3Denoiser, UNetDenoiser, unpack
 from ..noise import DiscreteSchedule, FlowSchedule, NoiseSchedule
@@ -40,6 +41,10 @@ class StableDiffusion(Kind):
 
     def denoiser(self, model: nn.Module) -> Denoiser:
         return UNetDenoiser(model)
+
+    def few_step_arguments(self, steps: int, grid_steps: int) -> dict[str, object]:
+        """`arguments` of `draw` for a student of few steps, by `linattn.schedulers.few_step_arguments`."""
+        return few_step_arguments(self.pipeline, steps, grid_steps=grid_steps)
 
     def feature_modules(self) -> tuple[str, ...]:
         """Modules of the network whose outputs a discriminator looks at; none: it looks at the prediction."""
