@@ -409,8 +409,14 @@ class FlashTask(_StepTask):
         config, process = models.pipeline.scheduler.config, models.process(self.recipe.objective.shift)
         if process.is_flow:
             return FlowMatchLCMScheduler.from_config(config)
+        # Of as many steps as there are timesteps: then it takes every n-th of these by itself, as training does where n
+        # divides its grid, and has no words about timesteps that are none of fifty.
         return LCMScheduler.from_config(
-            config, prediction_type=self._prediction(process), timestep_spacing="trailing", clip_sample=False
+            config,
+            prediction_type=self._prediction(process),
+            timestep_spacing="trailing",
+            clip_sample=False,
+            original_inference_steps=process.num_timesteps,
         )
 
     def objective(self, models: pipelines.Kind, student: TunedModel) -> tuple[nn.Module, NoiseProcess]:
