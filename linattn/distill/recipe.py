@@ -371,8 +371,14 @@ class Recipe(Section):
                 why = "beside student.adapter: null (the two are the same)"
                 yield "objective.teacher", f"expected 'model' {why}, got 'student'"
         elif student.train == "lora":
-            why = f"beside objective.kind: {wanted.kind} and student.adapter (whose weights no LoRA holds)"
-            yield "student.train", f"expected 'full' {why}, got 'lora'"
+            why = f"beside objective.kind: {wanted.kind}, student.adapter and student.train: lora"
+            if student.pretrained is None:
+                yield "student.pretrained", f"expected the adapter's weights {why} (the result has none), got null"
+            if student.lora.also_train:
+                yield (
+                    "student.lora.also_train",
+                    f"expected [] {why} (no LoRA holds them), got {_show(student.lora.also_train)}",
+                )
         if student.train == "full" and self.training.share_frozen:
             why = f"beside objective.kind: {wanted.kind} and student.train: full (nothing is frozen)"
             yield "training.share_frozen", f"expected false or null {why}, got true"

@@ -161,8 +161,9 @@ class TunedModel:
     Args:
         teacher: the network; left as it is, frozen.
         scheduler: that samples from the student; saved with it.
-        adapter_class, pretrained, options: an adapter that is mounted first; all of the network is trained with it.
-        low_rank: of `linattn.distill.recipe.Lora`: what is trained instead of all; without an adapter.
+        adapter_class, pretrained, options: an adapter that is mounted first. All of the network is trained with it; or
+            low-rank updates on top, and the adapter stays as it was loaded.
+        low_rank: of `linattn.distill.recipe.Lora`: what is trained instead of all.
         share: one copy of the frozen weights for both, beside low_rank.
 
     Raises:
@@ -220,7 +221,8 @@ class TunedModel:
         model = copy.deepcopy(teacher)
         # Mounted anew, not copied: an adapter may hold on to the model that it was mounted on.
         _mounted(model, *self._mount)
-        model.load_state_dict(self.model.state_dict())
+        if not self.lora:  # else it is loaded, and its updates are nothing yet
+            model.load_state_dict(self.model.state_dict())
         model = nn.Module.to(model, device=next(teacher.parameters()).device, dtype=next(teacher.parameters()).dtype)
         return model.requires_grad_(False).eval()
 
@@ -245,7 +247,7 @@ class TunedModel:
 
         All of a network: a pipeline, and beside it delta_weights.safetensors, the difference to the teacher's weights.
         With an adapter: `folder`/adapter, as its class loads it, and the difference of what does not belong to it.
-        Low-rank updates: pytorch_lora_weights.safetensors, for `load_lora_weights`.
+        Low-rank updates: pytorch_lora_weights.safetensors, for `load_lora_weights` (mount the adapter before).
         """
         folder = Path(folder)
         if self.lora:
