@@ -349,8 +349,13 @@ def test_add_noise_is_the_noise_of_the_timesteps():
 
 
 MISUSE = {
-    "sampler": (lambda: scheduler(sampler="euler"), "sampler must be one of heun, ddim, dpmsolver++, got 'euler'"),
+    "sampler": (lambda: scheduler(sampler="euler"), "sampler must be one of heun, ddim, dpmsolver++, lcm, got 'euler'"),
     "eta": (lambda: scheduler(eta=1.5), "eta must be between 0 and 1, got 1.5"),
+    "no grid": (lambda: scheduler(grid_steps=0), "grid_steps must be None or a whole number of at least 1, got 0"),
+    "more steps than the grid": (
+        lambda: scheduler(5, sampler="lcm", grid_steps=4),
+        "num_inference_steps must be from 1 to grid_steps (4), got 5",
+    ),
     "churn without heun": (lambda: scheduler(sampler="ddim", s_churn=1.0), 'only sampler="heun" has churn'),
     "churn below 0": (lambda: scheduler(s_churn=-1.0), "s_churn=-1.0"),
     "churn's bounds": (lambda: scheduler(s_tmin=2.0, s_tmax=1.0), "s_tmin=2.0, s_tmax=1.0"),
@@ -392,6 +397,27 @@ def test_a_step_out_of_turn_is_refused():
     made.step(torch.zeros(1), made.timesteps[0], torch.zeros(1))
     with pytest.raises(ValueError, match="timestep must be one of"):
         made.step(torch.zeros(1), made.timesteps[3], torch.zeros(1))
+
+
+@pytest.mark.parametrize(("steps", "places"), [(1, [0]), (2, [0, 10]), (3, [0, 6, 12]), (4, [0, 5, 10, 15])])
+def test_students_of_few_steps_are_sampled_at_every_nth_level_of_their_grid(steps, places):
+    made = scheduler(steps, sampler="lcm", grid_steps=20)
+    assert [call.sigma for call in made.calls] == karras_sigmas(20, dtype=torch.float64)[places].tolist()
+    assert made.sigmas[-1] == 0 and made.num_inference_steps == steps
+    plain = scheduler(steps, sampler="lcm")
+    assert plain.sigmas.tolist() == karras_sigmas(steps).tolist(), "without a grid, the levels of the others"
+    other = scheduler(steps, grid_steps=20)
+    assert other.sigmas.tolist() == karras_sigmas(steps).tolist(), "the grid is that of one sampler"
+
+
+def test_samples_of_few_steps_are_estimates_noised_anew():
+    made = scheduler(4, sampler="lcm", grid_steps=20)
+    x, noise = torch.randn(2, 30, dtype=torch.float64)
+    for i, t in enumerate(made.timesteps):
+        out = made.step(torch.randn(30, dtype=torch.float64), t, x, noise=noise)
+        x = out.prev_sample
+        torch.testing.assert_close(x, out.pred_original_sample + (made.calls[i + 1].sigma * noise if i < 3 else 0))
+    assert torch.equal(x, out.pred_original_sample)
 
 
 # ------------------------------------------------------------------------------------------------------------ diffusers

@@ -28,7 +28,7 @@ DEFAULTS = {
     "dtype": "auto",
     "format": "png",
 }
-SAMPLERS = ("heun", "ddim", "dpmsolver++")
+SAMPLERS = ("heun", "ddim", "dpmsolver++", "lcm")
 SCHEDULES = ("full", "layer_major", "streaming")
 # What decides over the pixels, besides the files: two results that agree in it are the same picture. Device, schedule
 # and memory are not in it, they change no more than the last bits.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import edm
 
-SAMPLERS = ("heun", "ddim", "dpmsolver++")
+SAMPLERS = ("heun", "ddim", "dpmsolver++", "lcm")
 
 
 @dataclass
@@ -44,6 +44,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         "heun"          2 n - 1             O(1/n^2)   what Inf-DiT is sampled with: 20 steps, 39 calls
         "dpmsolver++"   n                   O(1/n^2)   the estimate of the step before takes the place of a second call
         "ddim"          n                   O(1/n)     stochastic for eta > 0, Euler's method for eta = 0
+        "lcm"           n                   -          for students of few steps: x <- D + sigma' N(0, 1)
 
     Timesteps are c_noise = ln(sigma) / 4, which is what the network is told. Coefficients are computed in float64, and
     samples are kept in float32 whatever the network computes in.
@@ -51,15 +52,18 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
     Args:
         sigma_min, sigma_max, rho: of the noise levels, see `edm.karras_sigmas`.
         sigma_data: standard deviation of the data, as in training.
-        sampler: one of the three.
+        sampler: one of the four.
         eta: of "ddim", in [0, 1].
         s_churn, s_tmin, s_tmax, s_noise: noise that "heun" adds before its steps (EDM, algorithm 2); s_churn=0: none,
             s_tmax=None: no upper bound.
+        grid_steps: of "lcm": K, of whose noise levels n steps visit every (K // n)-th, from sigma_max on: those that a
+            student was trained at. None: the n levels of any other sampler.
 
     Raises:
         ValueError: a setting outside these bounds, or one of a sampler that is not chosen.
 
-    Sources: EDM (arXiv 2206.00364), DPM-Solver++ (arXiv 2211.01095); `linattn.schedulers.edm` has the formulas.
+    Sources: EDM (arXiv 2206.00364), DPM-Solver++ (arXiv 2211.01095), multistep consistency sampling (Song et al. 2023,
+    arXiv 2303.01469, algorithm 1: "lcm"); `linattn.schedulers.edm` has the formulas.
     """
 
     @register_to_config
@@ -75,6 +79,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         s_tmin: float = 0.0,
         s_tmax: float | None = None,
         s_noise: float = 1.0,
+        grid_steps: int | None = None,
     ):
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -88,6 +93,10 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         if s_churn and sampler != "heun":
             raise ValueError(f'only sampler="heun" has churn, got {s_churn=} with {sampler=}')
         edm.preconditioning(1.0, sigma_data)  # checks it
+        if grid_steps is not None and (
+            isinstance(grid_steps, bool) or not isinstance(grid_steps, int) or grid_steps < 1
+        ):
+            raise ValueError(f"grid_steps must be None or a whole number of at least 1, got {grid_steps!r}")
         self.num_inference_steps: int | None = None
         self._place(edm.karras_sigmas(1, sigma_min, sigma_max, rho, dtype=torch.float64).tolist(), None)
 
@@ -121,25 +130,32 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
         """Choose the noise levels of the next run.
 
         Args:
-            num_inference_steps: n, of `edm.karras_sigmas`.
+            num_inference_steps: n, of `edm.karras_sigmas`; with grid_steps at most that.
             device: of `self.timesteps`.
             sigmas: instead of n, these: falling, above 0; a last one of 0 may be left out.
 
         Raises:
-            ValueError: none or both of n and sigmas, n < 1, or sigmas that do not fall.
+            ValueError: none or both of n and sigmas, n < 1 or above grid_steps, or sigmas that do not fall.
         """
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError(f"expected one of num_inference_steps and sigmas, got {num_inference_steps=}, {sigmas=}")
         if sigmas is None:
-            c = self.config
-            levels = edm.karras_sigmas(num_inference_steps, c.sigma_min, c.sigma_max, c.rho, dtype=torch.float64)
-            levels = levels.tolist()
+            levels = self._chosen(num_inference_steps)
         else:
             levels = [float(sigma) for sigma in sigmas]
             if levels and levels[-1] != 0:
                 levels.append(0.0)
         self._place(levels, device)
         self.num_inference_steps = len(levels) - 1
+
+    def _chosen(self, steps: int) -> list[float]:
+        """The levels of so many steps, with the 0 at their end."""
+        c = self.config
+        grid = steps if c.sampler != "lcm" or c.grid_steps is None else c.grid_steps
+        levels = edm.karras_sigmas(grid, c.sigma_min, c.sigma_max, c.rho, dtype=torch.float64).tolist()
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= grid:
+            raise ValueError(f"num_inference_steps must be from 1 to grid_steps ({grid}), got {steps!r}")
+        return [levels[m * (grid // steps)] for m in range(steps)] + [0.0]
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at `timesteps[begin_index]`, which must be where a step begins: with "heun", an even index."""
@@ -171,8 +187,8 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
 
     def _sampler(self, levels: list[float]) -> list[edm.Call]:
         c = self.config
-        if c.sampler == "ddim":
-            return edm.euler_calls(levels, c.eta)
+        if c.sampler in ("ddim", "lcm"):
+            return edm.euler_calls(levels, 1.0 if c.sampler == "lcm" else c.eta)  # at eta = 1 all noise is drawn anew
         if c.sampler == "dpmsolver++":
             return edm.multistep_calls(levels)
         upper = float("inf") if c.s_tmax is None else c.s_tmax
@@ -214,7 +230,7 @@ class EDMScheduler(SchedulerMixin, ConfigMixin):
             model_output: F, the network's raw output, of any floating type.
             timestep: that of the call; of the first one, where in the schedule to start.
             sample: x, as the last `step` returned it (not scaled by c_in), same shape.
-            generator: for the fresh noise of "ddim" and of churn.
+            generator: for the fresh noise of "ddim", of "lcm" and of churn.
             noise: N(0, 1) in the shape of sample, instead of drawing it.
             return_dict: False returns (prev_sample, pred_original_sample).
 
