@@ -31,7 +31,10 @@ SECTIONS = sorted({"", *(key.rpartition(".")[0] for key in KEYS)})
 #: Keys that an objective of this kind has, and the default one has not.
 ONLY_OF = {
     key: kind.model_fields["kind"].default
-    for kind in (recipe.FlashObjective, recipe.PeRFlowObjective, recipe.FlowAttentionObjective, recipe.EDMObjective)
+    for kind in (
+        *(recipe.EDMStepsObjective, recipe.FlashObjective, recipe.PeRFlowObjective),
+        *(recipe.FlowAttentionObjective, recipe.EDMObjective),
+    )
     for key, _, _ in recipe.keys(kind, "objective.")
     if key not in {common for common, _, _ in recipe.keys(recipe.AttentionObjective, "objective.")}
 }
@@ -42,7 +45,8 @@ def smallest_with(key):
     content = with_value("objective.kind", ONLY_OF[key]) if key in ONLY_OF else SMALLEST
     if ONLY_OF.get(key) == "flash":  # sections that are null where nothing is said
         content = with_value("objective.discriminator", {}, with_value("objective.fake_score", {}, content))
-    return with_value("student.adapter", None, content) if ONLY_OF.get(key) == "edm" else content
+    enlarges = ONLY_OF.get(key) in ("edm", "edm_steps")
+    return with_value("student.adapter", None, content) if enlarges else content
 
 
 def with_value(key, value, content=SMALLEST):
@@ -343,7 +347,7 @@ def test_objectives_are_told_apart_by_kind_and_explained_by_plain_keys():
     ]
     assert lines({"kind": "flow_attention", "logit_std": 0})[0].startswith("objective.logit_std: expected a number")
     assert lines({"kind": "neither"}) == [
-        "objective.kind: expected 'attention', 'flow_attention', 'edm', 'perflow', 'flash', got 'neither'"
+        "objective.kind: expected 'attention', 'flow_attention', 'edm', 'edm_steps', 'perflow', 'flash', got 'neither'"
     ]
     assert lines({"weights": {"nose": 1}}) == [
         "objective.weights.nose: unknown key; did you mean 'objective.weights.noise'?"

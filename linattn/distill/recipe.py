@@ -39,7 +39,7 @@ from .schema import (
     import_path,
     number,
 )
-from .upscaling import Upscaling
+from .upscaling import EDMStepsObjective, Upscaling
 
 SHIPPED = Path(__file__).resolve().parent / "recipes"
 
@@ -188,6 +188,7 @@ Objective = Annotated[
     Annotated[AttentionObjective, Tag("attention")]
     | Annotated[FlowAttentionObjective, Tag("flow_attention")]
     | Annotated[EDMObjective, Tag("edm")]
+    | Annotated[EDMStepsObjective, Tag("edm_steps")]
     | Annotated[PeRFlowObjective, Tag("perflow")]
     | Annotated[FlashObjective, Tag("flash")],
     Discriminator(_kind),
@@ -223,7 +224,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 4
     filters: Filters = Field(default_factory=Filters)  # which samples are used
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    upscaling: Upscaling = Field(default_factory=Upscaling)  # in place of resize, crop and flip beside kind: edm
+    upscaling: Upscaling = Field(default_factory=Upscaling)  # in place of resize, crop and flip beside edm, edm_steps
 
     def conflicts(self):
         for key in ("random_crop", "random_flip"):
@@ -311,7 +312,7 @@ class Validation(Section):
     """Pictures that the student draws on the way."""
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
-    images: Texts = ()  # files, in place of prompts beside objective.kind: edm: they are enlarged
+    images: Texts = ()  # files, in place of prompts beside objective.kind: edm, edm_steps: they are enlarged
     every: Count = 1000  # optimizer steps
     steps: Count = 25  # of the sampler
     teacher_steps: Count | None = None  # for the teacher's pictures; None: as steps
@@ -342,8 +343,16 @@ class Recipe(Section):
 
     def conflicts(self):
         kind = self.objective.kind
-        if kind == "edm":
-            without, why = dict(NOT_BESIDE_EDM), "objective.kind: edm"
+        if kind in ("edm", "edm_steps"):
+            without, why = dict(NOT_BESIDE_EDM), f"objective.kind: {kind}"
+            if kind == "edm_steps":
+                without = {key: value for key, value in without.items() if key not in BESIDE_A_TEACHER}
+                without["model.config"] = None  # whose weights are new, and teach nothing
+                yield from self._sharing_conflicts()
+                shown, most = self.output.validation, self.objective.grid_steps
+                if shown.images and shown.steps > most:
+                    expected = f"expected at most objective.grid_steps ({most}) beside {why}"
+                    yield "output.validation.steps", f"{expected}, got {shown.steps}"
             if self.data.kind == "images":
                 without["data.image_key"] = None  # of a table of captions, which is not read
         else:
@@ -379,9 +388,7 @@ class Recipe(Section):
                     "student.lora.also_train",
                     f"expected [] {why} (no LoRA holds them), got {_show(student.lora.also_train)}",
                 )
-        if student.train == "full" and self.training.share_frozen:
-            why = f"beside objective.kind: {wanted.kind} and student.train: full (nothing is frozen)"
-            yield "training.share_frozen", f"expected false or null {why}, got true"
+        yield from self._sharing_conflicts()
         if wanted.kind == "flash":
             beside = [name for name in ("discriminator", "fake_score") if getattr(wanted, name) is not None]
             if beside and self.training.optimizer == "prodigy":
@@ -390,6 +397,11 @@ class Recipe(Section):
             if self.data.caption_drop:
                 why = "beside objective.kind: flash (objective.drop says what the student does not see)"
                 yield "data.caption_drop", f"expected 0.0 {why}, got {self.data.caption_drop}"
+
+    def _sharing_conflicts(self):
+        if self.student.train == "full" and self.training.share_frozen:
+            why = f"beside objective.kind: {self.objective.kind} and student.train: full (nothing is frozen)"
+            yield "training.share_frozen", f"expected false or null {why}, got true"
 
     @classmethod
     def parse(cls, content: object, source: str = "recipe") -> Recipe:
@@ -475,6 +487,8 @@ NOT_BESIDE_EDM = {
     "output.validation.prompts": (),
     "output.validation.teacher_steps": None,
 }
+#: Of the former, what means something where a teacher enlarges pictures (`edm_steps`).
+BESIDE_A_TEACHER = ("student.train", "training.share_frozen", "output.validation.teacher_steps")
 ONLY_BESIDE_EDM = {
     "model.config": None,
     "model.image_encoder": None,

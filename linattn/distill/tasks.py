@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..paths import expand
-from ..schedulers import PeRFlowScheduler, few_step_arguments
+from ..schedulers import EDMScheduler, PeRFlowScheduler, few_step_arguments
 from ..schedulers.piecewise import Marginal, window_bounds
 from . import pipelines
 from .data import LargeEnough, Order, Source, loader, open_source, pair_loader
@@ -28,7 +28,7 @@ from .discriminator import Discriminator, features_of
 from .noise import FlowSchedule, NoiseSchedule, chosen, draw, draw_flash, draw_pairs
 from .noise_process import NoiseProcess
 from .objectives.attention import AttentionDistillation
-from .objectives.edm import EDMTraining, with_dropped
+from .objectives.edm import EDMStepDistillation, EDMTraining, Starts, with_dropped
 from .objectives.flash import FlashTraining, Phases, decoded_distance, unconditional
 from .objectives.perflow import PeRFlowTraining, Times
 from .recipe import Recipe, RecipeError
@@ -665,10 +665,82 @@ class UpscalingTask:
         ]
 
 
+class UpscalingStepsTask(UpscalingTask):
+    """A student learns to enlarge pictures in few steps as its teacher does in many (`objective.kind: edm_steps`)."""
+
+    columns = "teacher | student"
+
+    def start(self, models: pipelines.Kind, *, share: bool) -> TunedModel:
+        wanted, shared = self.recipe.student, self.recipe.training.share_frozen
+        low_rank = wanted.lora if wanted.train == "lora" else None
+        share = share if shared is None else shared
+        return TunedModel(models.model, self._scheduler(models), low_rank=low_rank, share=share)
+
+    def _scheduler(self, models: pipelines.Kind) -> EDMScheduler:
+        """Estimates and noise in turn, at the levels of the training."""
+        own = {"sampler": "lcm", "grid_steps": self.recipe.objective.grid_steps, "s_churn": 0.0}
+        return EDMScheduler.from_config(models.pipeline.scheduler.config, **own)
+
+    def objective(self, models: pipelines.Kind, student: TunedModel) -> tuple[nn.Module, Starts]:
+        wanted, config = self.recipe.objective, models.pipeline.scheduler.config
+        levels = {name: config[name] for name in ("sigma_min", "sigma_max", "rho")}
+        starts = Starts(wanted.grid_steps, weights=wanted.weights, variance=wanted.variance, **levels)
+        options = {name: getattr(wanted, name) for name in ("start", "order", "distance", "huber_c")}
+        own, teacher = models.denoiser(student.model), models.denoiser(models.model)
+        return EDMStepDistillation(own, teacher, starts.grid, **options), starts
+
+    def encode(self, batch: dict, models: pipelines.Kind, schedule: Starts, device: torch.device) -> dict:
+        """A batch of the loader as the objective's arguments."""
+        wanted, clean = self.recipe.objective, batch["image"].to(device)
+        # Nothing is dropped: both always see the low resolution, as in sampling.
+        random = draw_pairs(
+            batch["number"].tolist(),
+            clean.shape[1:],
+            seed=self.recipe.training.seed,
+            schedule=schedule,
+            dropout=0.0,
+            max_offset=wanted.max_offset,
+            factor=models.factor,
+        )
+        index = random.timesteps if wanted.per_sample else random.timesteps[:1]
+        return {
+            "clean": clean,
+            "noise": random.noise.to(device),
+            "index": index.to(device),
+            "condition": models.encode_lr(batch["lr_image"].to(device)),
+            "position_offset": random.offset,
+        }
+
+    def compared(self, models: pipelines.Kind, autocast: Callable) -> list:
+        """`output.validation.images`, enlarged by the teacher with its own sampler."""
+        steps = self.recipe.output.validation.teacher_steps or self.recipe.objective.grid_steps
+        return self._drawn(models, models.model, autocast, steps=steps)
+
+    def pictures(self, models: pipelines.Kind, model: nn.Module, autocast: Callable) -> list:
+        """`output.validation.images`, enlarged by `model` at the levels that it was trained at."""
+        steps = self.recipe.output.validation.steps
+        return self._drawn(models, model, autocast, steps=steps, scheduler=self._scheduler(models))
+
+    def _drawn(self, models: pipelines.Kind, model: nn.Module, autocast: Callable, **options) -> list:
+        own = {"seed": self.recipe.output.validation.seed, "start": self.recipe.objective.start}
+        return models.draw(model, self._inputs, **own, autocast=autocast, **options)
+
+    def summary(self, models: pipelines.Kind, student: TunedModel) -> list[tuple[str, str]]:
+        wanted = self.recipe.objective
+        count, total = _counts(student)
+        does = f"{self.recipe.model.pretrained} ({type(models.pipeline).__name__}), {wanted.grid_steps} steps"
+        says = f"a copy, {len(wanted.weights)} steps; trains {count:,} of {total:,} parameters"
+        return [
+            ("teacher", f"{does} of order {wanted.order}"),
+            ("student", f"{says} ({self.recipe.student.train})"),
+        ]
+
+
 TASKS = {
     "attention": AttentionTask,
     "flow_attention": AttentionTask,
     "edm": UpscalingTask,
+    "edm_steps": UpscalingStepsTask,
     "perflow": PeRFlowTask,
     "flash": FlashTask,
 }

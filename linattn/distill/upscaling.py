@@ -1,4 +1,5 @@
-"""The sections of a recipe that say how pairs of pictures for upscaling are made. Settings only: the work is in data/.
+"""The sections of a recipe that say how pairs of pictures for upscaling are made, and how a model that enlarges them
+learns to do it in few steps. Settings only: the work is in data/ and objectives/edm.py.
 
 A degradation is named (`data.upscaling.degradation: mild`), or described by those keys in which it differs from
 `strong` (`degradation: {final_sinc: 0.5, second: {jpeg: [30, 95]}}`).
@@ -12,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from .schema import Number, Probability, Section, as_tuple
+from .schema import Count, NotNegative, Number, Positive, Probability, Section, as_tuple
 
 SHARES_ADD_UP = 1e-6
 
@@ -158,11 +159,35 @@ def _merged(base: dict, changes: dict) -> dict:
 
 
 class Upscaling(Section):
-    """Pairs for upscaling (`objective.kind: edm`): what is cut out of a picture, and what is made of that."""
+    """Pairs for upscaling (`objective.kind: edm`, `edm_steps`): what is cut out of a picture, what is made of that."""
 
     degradation: Annotated[Degradation, BeforeValidator(_described)] = Field(default_factory=Degradation)
     full_resolution: Probability = 0.7  # cut out of the picture as it is; else its shorter side is reduced to the crop
     flip: Probability = 0.3  # of those at full resolution, mirrored left to right
+
+
+class EDMStepsObjective(Section):
+    """The student learns to say in one step where its teacher's path ends, from the levels of few steps (Inf-DiT)."""
+
+    kind: Literal["edm_steps"] = "edm_steps"
+    grid_steps: Count = 20  # K, of the teacher's sampler
+    order: Annotated[int, Field(ge=1, le=2)] = 2  # of its steps: 1 Euler, 2 DPM-Solver++; one call each
+    # How often training starts near each of the levels that the student will be sampled at, the noisiest first: as many
+    # numbers as it is to need steps.
+    weights: Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuple)] = (0.25, 0.25, 0.25, 0.25)
+    variance: Positive = 0.5  # how near: twice the variance of the distance, in steps of the teacher
+    start: Literal["lr", "noise"] = "lr"  # of the noisiest level: noise around the enlarged picture, or noise alone
+    per_sample: bool = False  # a level for each sample, not for each batch: the teacher walks as far as the noisiest
+    distance: Literal["l2", "l1", "huber"] = "l2"
+    huber_c: Positive = 1e-3
+    max_offset: Annotated[int, Field(ge=0)] = 896  # rows and columns of tokens that positions start at: 0 to this
+
+    def conflicts(self):
+        if not 1 <= len(self.weights) <= self.grid_steps:
+            count = len(self.weights)
+            yield "weights", f"expected from 1 to objective.grid_steps ({self.grid_steps}) numbers, got {count}"
+        elif not sum(self.weights):
+            yield "weights", f"expected at least one above 0, got {list(self.weights)}"
 
 
 def named(name: str) -> Degradation:

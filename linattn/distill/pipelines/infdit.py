@@ -1,4 +1,4 @@
-"""Inf-DiT: trained itself, on pictures alone."""
+"""Inf-DiT: trained itself, on pictures alone; or the teacher of a copy that needs fewer steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .kind import Kind, move
 class InfDiT(Kind):
     """Inf-DiT: a transformer in pixel space that enlarges pictures, and a CLIP image encoder where it wants one.
 
-    Whatever the pipeline, its network is trained itself: nothing in it is a teacher.
+    Its network is trained itself, or is frozen and teaches a copy.
     """
 
     component = "transformer"
-    objectives = ("edm",)
+    objectives = ("edm", "edm_steps")
 
     @property
     def multiple(self) -> int:
@@ -40,7 +40,9 @@ class InfDiT(Kind):
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move what is frozen to the device: the image encoder, in float32. Beside a step of training it costs nothing,
-        and it is saved with the result as it came."""
+        and it is saved with the result as it came. A network that teaches: in the given type."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            move(self.model, device, dtype)
         if self.pipeline.image_encoder is not None:
             move(self.pipeline.image_encoder, device, torch.float32)
 
@@ -68,19 +70,35 @@ class InfDiT(Kind):
         return F.interpolate(lr_image, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
     @torch.no_grad()
-    def draw(self, model: torch.nn.Module, pictures: Sequence, *, steps, seed, autocast) -> list:
+    def draw(
+        self, model: torch.nn.Module, pictures: Sequence, *, steps, seed, autocast, scheduler=None, start="lr"
+    ) -> list:
         """The pictures (PIL) enlarged by `model`, each from the same seed.
 
         Args:
             autocast: function that returns the context in which the model runs.
+            scheduler: in the place of the pipeline's own.
+            start: of the pipeline's call.
         """
-        with self._with(model), autocast():
+        with self._with(model, scheduler), autocast():
             return [
                 self.pipeline(
                     picture,
                     self.factor,
                     num_inference_steps=steps,
+                    start=start,
                     generator=torch.Generator().manual_seed(seed),
                 ).images[0]
                 for picture in pictures
             ]
+
+    def save_lora(self, folder, layers: dict[str, Tensor], settings: dict) -> None:
+        """Write LoRA weights in the layout that `pipeline.transformer.load_lora_adapter` reads.
+
+        Args:
+            settings: of the LoraConfig, kept in the file's metadata.
+        """
+        from diffusers.loaders.lora_base import LoraBaseMixin
+
+        weights, told = ({f"{self.component}.{key}": v for key, v in part.items()} for part in (layers, settings))
+        LoraBaseMixin.write_lora_layers(weights, folder, True, None, None, True, lora_adapter_metadata=told)
