@@ -78,7 +78,7 @@ def save_statistics(path: str | os.PathLike, of: Statistics) -> None:
     tensors = {"mean": of.mean, "covariance": of.covariance}
     if of.features is not None:
         tensors["features"] = of.features
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.part")
     try:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -150,7 +150,8 @@ def frechet_distance(features: torch.Tensor, reference: Statistics) -> Figure:
         raise ValueError(f"features have {d} dimensions, those of the reference {len(reference.mean)}")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Computed(d))
+    # No gathering over processes: each that asks has all features.
+    metric = FrechetInceptionDistance(feature=_Computed(d), sync_on_compute=False)
     metric.update(features.double(), real=False)
     # Its sums, from which it takes mean and covariance again: a reference may have been saved without its features.
     mean, count = reference.mean, reference.n
@@ -314,6 +315,10 @@ class Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         model = CLIPModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32, local_files_only=True)
+        # Mapped from a file, weights lie at any address, in several processes of one run at others than in one alone,
+        # and the last bits of a convolution depend on that.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
         return cls(model.to(device).eval(), CLIPProcessor.from_pretrained(path, local_files_only=True))
 
     def to(self, device) -> Clip:

@@ -155,7 +155,7 @@ class Drawing:
         picture, _ = generate._to_picture(drawn, path)
         note = PngInfo()
         note.add_text(KEY, self.key(number, caption))
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part = path.with_name(f"{path.name}.part")
         try:
             picture.save(part, format="PNG", pnginfo=note)
             os.replace(part, path)

@@ -26,7 +26,7 @@ from linattn.paths import instead_of
 
 #: Names the layout of the JSON; another layout gets another number.
 FORMAT = "linattn eval pictures 1"
-CHUNK = 32  # pictures
+CHUNK = 16  # pictures
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # as clean-fid reads
 TITLES = {
     "precision": "precision",
@@ -337,9 +337,12 @@ class _Networks:
 
     @classmethod
     def load(cls, args: argparse.Namespace, group: _Group) -> _Networks:
+        import transformers
+
         from linattn import feature_networks
         from linattn.metrics import Clip
 
+        transformers.utils.logging.disable_progress_bar()
         features = clip = source = None
         if args.clip is not None:
             source = locate("--clip", args.clip)
@@ -462,7 +465,7 @@ class _Set:
             tensor = self.measures[measure](as_they_are if measure == "sha256" else ready, part)
             path = self._file(measure, part)
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+            unfinished = path.with_name(f"{path.name}.part")
             try:
                 save_file({"values": tensor.contiguous()}, unfinished, metadata={"of": about})
                 os.replace(unfinished, path)
