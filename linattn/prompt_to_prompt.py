@@ -168,7 +168,7 @@ class PromptToPrompt:
         Raises:
             ValueError: prompt or several pictures for each prompt are asked for.
         """
-        for name in ("prompt", "prompt_embeds"):
+        for name in ("prompt", "prompt_2", "prompt_embeds"):
             if call.get(name) is not None:
                 raise ValueError(f"{name} must not be passed: the prompts are {self.prompts}")
         if call.get("num_images_per_prompt", 1) != 1:

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +24,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from linattn import delta_weights
-from linattn.adapters import LinFusion
+from linattn import bundled, delta_weights
+from linattn.adapters import LinearAttention, LinFusion
 from linattn.prompt_to_prompt import PromptToPrompt, alignment
 from linattn.schedulers import PeRFlowScheduler
 
@@ -177,6 +180,21 @@ def test_a_student_of_unknown_type_is_refused(example, model, tmp_path):
         run(example("controlnet"), tmp_path / "a.png", "--model", model)
 
 
+@pytest.mark.parametrize("name", ["controlnet", "refiner", "prompt_to_prompt"])
+def test_examples_run_offline_as_they_are(name, tmp_path):
+    if common_tiny()["delta"] not in bundled.names():
+        pytest.skip("no PeRFlow student is bundled")
+    command = [sys.executable, EXAMPLES / f"perflow_{name}.py", "--out", tmp_path / "a.png"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path / 'a.png'}" in done.stdout
+
+
+def common_tiny():
+    return runpy.run_path(str(EXAMPLES / "perflow_common.py"))["TINY"]
+
+
 # ---------------------------------------------------------------------------------------------------------- ControlNet
 
 
@@ -218,13 +236,23 @@ def test_controlnet_example_draws_what_the_pipeline_draws_and_an_untrained_one_c
     assert not differs(run(script, tmp_path / "a.png", *options, *control, "--controlnet-scale", 0), without)
 
 
-def test_linear_attention_is_mounted_before_the_delta_is_merged(example, model, delta, tmp_path):
+def test_the_delta_is_merged_into_linear_attention_too(example, model, delta, tmp_path):
+    linfusion = LinFusion.construct_for(tiny_pipeline("sd15"), load_pretrained=False)
+    with torch.no_grad():
+        for parameter in linfusion.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(6))
+    linfusion.unmount().save_pretrained(tmp_path / "linfusion")
     options = ("--model", model, "--delta", delta, "--guidance", 2.5)
-    drawn = run(example("controlnet"), tmp_path / "a.png", *options, "--linfusion", "base")
+    drawn = run(example("controlnet"), tmp_path / "a.png", *options, "--linfusion", tmp_path / "linfusion")
+
     pipe = tiny_pipeline("sd15")
-    delta_weights.merge(pipe.unet, delta_weights.load(delta))
-    LinFusion.construct_for(pipe, load_pretrained=False)  # copies the projections, with their delta
+    LinFusion.construct_for(pipe, pretrained_model_name_or_path=tmp_path / "linfusion")
     pipe.scheduler = PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="diff_eps")
+    change = delta_weights.load(delta)
+    without_projections = {k: v for k, v in change.items() if ".attn1." not in k}
+    with delta_weights.merge(pipe.unet, without_projections, missing="skip"):
+        assert differs(drawn, numpy.asarray(pipe(**common_call()).images[0], dtype="float32"))
+    delta_weights.merge(pipe.unet, change, missing="skip")
     assert_drawn(drawn, pipe(**common_call()).images[0])
 
 
@@ -292,11 +320,12 @@ def image_encoder():
     ).eval()
 
 
-@pytest.fixture(scope="module")
-def ip_adapter(folder):
+@functools.cache
+def ip_adapter(folder, family="sd15"):
     """An IP-Adapter in the published layout: an image encoder, a projection, keys and values for cross-attention."""
-    unet, tokens, dim = tiny_pipeline("sd15").unet, 4, UNETS["sd15"]["cross_attention_dim"]
-    image_encoder().save_pretrained(folder / "ip" / "models" / "image_encoder")
+    unet, tokens, dim = tiny_pipeline(family).unet, 4, UNETS[family]["cross_attention_dim"]
+    path = folder / f"ip_{family}"
+    image_encoder().save_pretrained(path / "models" / "image_encoder")
     tensors = {
         "image_proj.proj.weight": torch.randn(tokens * dim, TEXT_DIM, generator=seeded(1)),
         "image_proj.proj.bias": torch.zeros(tokens * dim),
@@ -307,25 +336,33 @@ def ip_adapter(folder):
     for i, name in enumerate(cross):
         channels = unet.get_submodule(name.removesuffix(".processor")).inner_dim
         for j, slot in enumerate(("to_k_ip", "to_v_ip")):
-            weight = torch.randn(channels, dim, generator=seeded(2 * i + j)) / dim**0.5
+            weight = 2 * torch.randn(channels, dim, generator=seeded(2 * i + j)) / dim**0.5
             tensors[f"ip_adapter.{2 * i + 1}.{slot}.weight"] = weight
-    save_file(tensors, folder / "ip" / "models" / "ip-adapter.safetensors")
-    return folder / "ip"
+    save_file(tensors, path / "models" / "ip-adapter.safetensors")
+    return path
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_ip_adapter_example_draws_what_the_pipeline_draws_and_nothing_else_at_scale_zero(
-    example, model, delta, student, ip_adapter, tmp_path
+    family, example, model, delta, student, folder, tmp_path
 ):
-    script, options = example("ip_adapter"), ("--model", model, "--delta", delta, "--guidance", 2.5)
-    adapter = ("--ip-adapter", ip_adapter, "--subfolder", "models", "--weight-name", "ip-adapter.safetensors")
+    adapter = ip_adapter(folder, family)
+    if family == "sd15":
+        pipe, options = student, ("--model", model, "--delta", delta)
+    else:  # as published: the student itself, whose scheduler is another one
+        pipe, options = tiny_pipeline("sdxl"), ("--model", tmp_path / "sdxl", "--prediction-type", "ddim_eps")
+        pipe.save_pretrained(tmp_path / "sdxl")
+        pipe.scheduler = PeRFlowScheduler.from_config(pipe.scheduler.config, prediction_type="ddim_eps")
+    options = (*options, "--guidance", 2.5, "--ip-adapter", adapter, "--subfolder", "models")
+    options = (*options, "--weight-name", "ip-adapter.safetensors", "--image", tmp_path / "prompt.png")
+    script = example("ip_adapter")
     picture(5).save(tmp_path / "prompt.png")
-    options = (*options, *adapter, "--image", tmp_path / "prompt.png")
     drawn = run(script, tmp_path / "a.png", *options)
     off = run(script, tmp_path / "a.png", *options, "--ip-scale", 0)
-    assert_drawn(off, student(**common_call()).images[0])
-    student.load_ip_adapter(str(ip_adapter), subfolder="models", weight_name="ip-adapter.safetensors")
-    student.set_ip_adapter_scale(0.6)
-    assert_drawn(drawn, student(ip_adapter_image=picture(5), **common_call()).images[0])
+    assert_drawn(off, pipe(**common_call()).images[0])
+    pipe.load_ip_adapter(str(adapter), subfolder="models", weight_name="ip-adapter.safetensors")
+    pipe.set_ip_adapter_scale(0.6)
+    assert_drawn(drawn, pipe(ip_adapter_image=picture(5), **common_call()).images[0])
     assert differs(drawn, off)
     picture(6).save(tmp_path / "prompt.png")
     assert differs(run(script, tmp_path / "a.png", *options), drawn)
@@ -378,6 +415,16 @@ def test_equal_prompts_draw_equal_pictures_which_are_those_without_control(drawe
     source, edited = latents(PromptToPrompt(drawer, PROMPT, PROMPT), guidance_scale=guidance)
     assert torch.equal(source, edited)
     assert relative_error(source[None], alone) < ROUNDING
+
+
+def test_sdxl_and_controlnet_are_controlled_too(student, controlnet):
+    pipe = with_controlnet(student, "StableDiffusionControlNetPipeline", controlnet)
+    xl = tiny_pipeline("sdxl")
+    xl.scheduler = student.scheduler
+    for drawer, more in ((pipe, {"image": picture()}), (xl, {"negative_prompt_2": "a nine"})):
+        alone = latents(drawer, PROMPT, **more)
+        source, edited = latents(PromptToPrompt(drawer, PROMPT, PROMPT), **more)
+        assert torch.equal(source, edited) and relative_error(source[None], alone) < ROUNDING
 
 
 def test_without_steps_each_prompt_draws_its_own_picture(drawer):
@@ -537,17 +584,17 @@ def test_control_that_means_nothing_is_refused(student, options, message):
         PromptToPrompt(student, PROMPT, **{"edited": EDITED, **options})
 
 
-@pytest.mark.parametrize("call", [dict(prompt="a two"), dict(num_images_per_prompt=2)])
+@pytest.mark.parametrize("call", [dict(prompt="a two"), dict(prompt_2="a two"), dict(num_images_per_prompt=2)])
 def test_calls_that_say_other_prompts_are_refused(student, call):
     with pytest.raises(ValueError, match=next(iter(call))):
         PromptToPrompt(student, PROMPT, EDITED)(num_inference_steps=4, **call)
 
 
-def test_models_without_plain_cross_attention_are_refused(student, ip_adapter):
+def test_models_without_plain_cross_attention_are_refused(student, folder):
     with pytest.raises(ValueError, match="a pipeline with a UNet, got SimpleNamespace"):
         PromptToPrompt(SimpleNamespace(tokenizer=student.tokenizer), PROMPT, EDITED)
     edit = PromptToPrompt(student, PROMPT, EDITED)
-    student.load_ip_adapter(str(ip_adapter), subfolder="models", weight_name="ip-adapter.safetensors")
+    student.load_ip_adapter(str(ip_adapter(folder)), subfolder="models", weight_name="ip-adapter.safetensors")
     with pytest.raises(ValueError, match=r"attn2 has a IPAdapterAttnProcessor2_0"):
         edit(num_inference_steps=4)
 
@@ -620,8 +667,6 @@ def test_multiview_example_draws_every_view_in_both_domains(example, multiview, 
     assert drawn.shape == (IMAGE_SIZE, 2 * VIEWS * IMAGE_SIZE, 3)
     tiles = numpy.split(drawn, 2 * VIEWS, axis=1)
     assert all(differs(a, b) for i, a in enumerate(tiles) for b in tiles[:i])
-    again = run(example("multiview"), tmp_path / "a.png", *options, "--guidance", 1)
-    assert not differs(again, drawn)
     picture(9).save(tmp_path / "other.png")
     assert differs(run(example("multiview"), tmp_path / "a.png", *options, "--image", tmp_path / "other.png"), drawn)
     assert differs(run(example("multiview"), tmp_path / "a.png", *options, "--guidance", 2), drawn)
@@ -688,6 +733,18 @@ def test_the_delta_leaves_what_the_base_model_does_not_have(example, multiview, 
         else:
             assert torch.equal(after[key], weight if key in own else weight + change[key]), key
     assert merge.skipped == (["conv_in.weight"] if policy == "skip" else [])
+
+
+def test_views_can_have_linear_attention(example, multiview, delta):
+    script = example("multiview")
+    argv = ["--model", str(multiview), "--delta", str(delta), "--image", "a.png", "--linfusion", "base"]
+    args = script.parse(argv)
+    parts = script.load(args)
+    merge = script.common.few_steps(parts, args, extra_channels="skip")
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert isinstance(parts.unet.get_submodule(name), LinearAttention) and f"{name}.to_q.weight" in merge.merged
+    image = Image.open(multiview / "object.png")
+    assert len(script.draw(parts, image, IMAGE_SIZE, 4, 1.0, seeded())) == 2 * VIEWS
 
 
 def test_cameras_are_sines_and_cosines_of_where_they_are(example, multiview):
