@@ -168,7 +168,7 @@ def test_an_empty_section_without_required_keys_holds_the_defaults(key):
     assert Recipe.parse(with_value(key, None)) == Recipe.parse(with_value(key, {})) == Recipe.parse(SMALLEST)
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key != "student.options"])
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("student.options", "model.options")])
 def test_every_key_refuses_a_value_of_the_wrong_kind_by_name(key):
     wrong = {"nothing": "of the kind"} if key not in SECTIONS else ["a", "list"]
     lines = problems(with_value(key, wrong, smallest_with(key)))

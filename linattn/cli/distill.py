@@ -50,8 +50,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
         adapter_class = resolve(recipe.student.adapter) if recipe.student.adapter else None
         pipeline_class = resolve(recipe.model.pipeline, "model.pipeline") if recipe.model.pipeline else None
-        wanted = getattr(recipe.objective, "perceptual", None)
-        named = {"objective.perceptual": resolve(wanted, "objective.perceptual")} if wanted else {}
+        paths = {
+            "objective.perceptual": getattr(recipe.objective, "perceptual", None),
+            "model.kind": recipe.model.kind,
+        }
+        named = {key: resolve(path, key) for key, path in paths.items() if path}
         # Before the models are imported: what they say about their own optional parts would bury what matters.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from linattn.distill.trainer import Interrupted, Trainer

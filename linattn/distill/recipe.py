@@ -71,6 +71,9 @@ class Model(Section):
     pipeline: Annotated[str, AfterValidator(import_path)] | None = None  # module:Class of one that diffusers lacks
     config: dict[str, Any] | None = None  # in place of pretrained: new weights, of a network of this configuration
     image_encoder: Text | None = None  # name or folder of the CLIP that a pipeline without one is given
+    # module:Class that says what the model is shown, in the place of the one for its pipeline: docs/distillation.md
+    kind: Annotated[str, AfterValidator(import_path)] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)  # handed to that class
 
     def conflicts(self):
         if self.config is None:
@@ -357,6 +360,8 @@ class Recipe(Section):
                 without["data.image_key"] = None  # of a table of captions, which is not read
         else:
             without, why = dict(ONLY_BESIDE_EDM), f"objective.kind: {kind}"
+            if kind == "flash":
+                del without["output.validation.images"]  # of models that are shown pictures
             if kind in ("perflow", "flash"):
                 yield from self._step_conflicts()
             elif self.student.adapter is None:
@@ -471,6 +476,8 @@ class Recipe(Section):
 #: What means nothing where whole models learn to enlarge pictures, or only there; and what it has to be then.
 NOT_BESIDE_EDM = {
     "model.text_length": None,
+    "model.kind": None,
+    "model.options": {},
     "student.adapter": None,
     "student.pretrained": None,
     "student.options": {},

@@ -200,7 +200,7 @@ class TunedModel:
         if not self.lora:
             model.requires_grad_(True)
             return
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         wanted = self._low_rank
         targets = [name for target in wanted.targets for name in _named(model, target, "student.lora.targets")]
@@ -208,7 +208,12 @@ class TunedModel:
         in_full = [p for name in in_full for p in model.get_submodule(name).parameters()]
         settings = {"r": wanted.rank, "lora_alpha": wanted.alpha or wanted.rank, "lora_dropout": wanted.dropout}
         model.requires_grad_(False)
-        model.add_adapter(LoraConfig(target_modules=targets, **settings), ADAPTER_NAME)
+        config = LoraConfig(target_modules=targets, **settings)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, ADAPTER_NAME)
+        else:  # networks that diffusers has no LoRA for: PixArt's
+            inject_adapter_in_model(config, model, ADAPTER_NAME)
+            model.peft_config = {ADAPTER_NAME: config}
         for parameter in (*in_full, *(p for name, p in model.named_parameters() if ".lora_" in name)):
             parameter.requires_grad_(True)
 

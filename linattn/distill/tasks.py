@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..paths import expand
-from ..schedulers import EDMScheduler, PeRFlowScheduler, few_step_arguments
+from ..schedulers import EDMScheduler, PeRFlowScheduler
 from ..schedulers.piecewise import Marginal, window_bounds
 from . import pipelines
 from .data import LargeEnough, Order, Source, loader, open_source, pair_loader
@@ -69,6 +69,8 @@ class AttentionTask:
             raise TypeError(f"expected the class that student.adapter names ({recipe.student.adapter!r}), got None")
         self.recipe = recipe
         self.named = dict(named or {})
+        if recipe.model.kind is not None and "model.kind" not in self.named:
+            raise TypeError(f"expected the class that model.kind names ({recipe.model.kind!r}), got None")
         self._adapter_class, self._pipeline_class = adapter_class, pipeline_class
 
     def open_source(self) -> Source:
@@ -83,16 +85,25 @@ class AttentionTask:
             variant=model.variant,
             text_length=model.text_length,
             pipeline_class=self._pipeline_class,
+            kind=self.named.get("model.kind"),
+            options=model.options,
         )
 
     def problems(self, models: pipelines.Kind) -> list[str]:
         """What in the recipe does not fit the model, beside its kind and the sizes of pictures."""
+        name, shown, problems = type(models.pipeline).__name__, self.recipe.output.validation, []
         if models.needs_pixels and self.recipe.data.cache.latents:
-            name = type(models.pipeline).__name__
-            return [
+            problems.append(
                 f"data.cache.latents: expected false for a {name} (its condition is made of the pictures), got true"
-            ]
-        return []
+            )
+        if models.needs_pixels and shown.prompts and not shown.images:
+            problems.append(
+                f"output.validation.images: expected pictures for a {name} to see beside the prompts, got []"
+            )
+        if shown.images and not models.needs_pixels:
+            got = list(shown.images)
+            problems.append(f"output.validation.images: expected [] for a {name} (which sees prompts alone), got {got}")
+        return problems
 
     def start(self, models: pipelines.Kind, *, share: bool) -> Student:
         """The student as training starts with it, on the CPU.
@@ -209,6 +220,8 @@ class AttentionTask:
     def _drawn(self, models: pipelines.Kind, model: nn.Module, autocast: Callable, **changes) -> list:
         wanted = self.recipe.output.validation
         options = wanted.model_dump(include={"steps", "guidance", "height", "width", "seed"}) | changes
+        if models.needs_pixels:
+            options["pictures"] = [decode(Path(expand(path))) for path in wanted.images]
         return models.draw(model, wanted.prompts, **options, autocast=autocast)
 
     def summary(self, models: pipelines.Kind, student: Student) -> list[tuple[str, str]]:
@@ -519,7 +532,7 @@ class FlashTask(_StepTask):
     def pictures(self, models: pipelines.Kind, model: nn.Module, autocast: Callable) -> list:
         """What `model` draws at the levels that it was trained on, unguided: the guidance is in it."""
         steps, grid = self.recipe.output.validation.steps, self._phase.grid_steps
-        arguments = few_step_arguments(models.pipeline, steps, grid_steps=grid)
+        arguments = models.few_step_arguments(steps, grid)
         return self._drawn(
             models, model, autocast, guidance=1.0, scheduler=self._scheduler(models), arguments=arguments
         )
