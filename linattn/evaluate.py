@@ -184,15 +184,16 @@ class CanvasJudge(NamedTuple):
     def scores(self, ink: np.ndarray) -> np.ndarray:
         """What it decides by, as features of canvases, (n, 10 + CELLS): which digits, and where.
 
-        For each digit how much the written cells look like it (a clear one has about 1 for its own digit and the rest
-        spread over the others), summed; then 1 for each cell that is written on. So few on purpose, as are those of
-        :func:`canvas_features`: a Frechet distance needs several canvases per dimension.
+        For each digit how much the written cells look like it, summed: a cell has one duel for each pair of digits, and
+        gives a digit what it wins beyond eight of its nine, so a clear one gives 1.3 to itself and 0.3 to the next.
+        Then 1 for each cell that is written on. So few on purpose, as are those of :func:`canvas_features`: a Frechet
+        distance needs several canvases per dimension.
         """
         used = used_cells(ink)
-        classes = len(self.svc.classes_)
-        scores = np.zeros((*used.shape, classes))
+        scores = np.zeros((*used.shape, len(self.svc.classes_)))
         if used.any():
-            scores[used] = self.svc.decision_function(_relative(ink[used])) / (classes - 1)
+            wins = self.svc.decision_function(_relative(ink[used]))  # up to 9 of each, and up to a third for how clear
+            scores[used] = np.maximum(wins - (len(self.svc.classes_) - 2), 0)
         return np.concatenate([scores.sum(1), used], axis=1)
 
 
