@@ -4,6 +4,7 @@
     python examples/few_steps.py perflow --seed 0 --out build        trains this student and scores it
     python examples/few_steps.py ddim_4 --out build                  the teacher itself: scored alone
     python examples/few_steps.py --student run/final --steps 4       any student of `linattn distill`
+    python examples/few_steps.py perflow --out build --bundle DIR    writes it as one of linattn/bundled, in float16
 
 A row is drawn on held-out orders of digits and scored by linattn.evaluate; every row draws the same orders from the
 same seeds, so that differences are paired. A student's row is trained first, by `linattn distill` as printed, unless
@@ -21,6 +22,7 @@ import os
 import pathlib
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -30,7 +32,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import diffusers
 import torch
 
-from linattn import bundled, few_steps
+from linattn import bundled, delta_weights, few_steps
 from linattn.bundled import canvases
 from linattn.cli import doctor
 
@@ -50,6 +52,7 @@ class Row:
         linear: the student has linear attention, which starts as the bundled LinFusion weights.
         beside: the row of the teacher that it is compared with: DDIM at as many steps.
         spacing: of DDIM's noise levels.
+        deterministic: the student is drawn by DDIM (see few_steps.student).
     """
 
     title: str
@@ -60,6 +63,12 @@ class Row:
     linear: bool = False
     beside: str | None = None
     spacing: str | None = None
+    deterministic: bool = False
+
+    @property
+    def made_by(self) -> tuple:
+        """What decides over the student."""
+        return self.recipe, self.changes, self.linear
 
 
 ROWS = {
@@ -70,6 +79,7 @@ ROWS = {
     "perflow": Row("PeRFlow", 4, recipe="perflow_tiny_sd", beside="ddim_4"),
     "perflow_2": Row("PeRFlow", 2, recipe="perflow_tiny_sd", changes=("objective.windows=2",), beside="ddim_2"),
     "flash": Row("Flash", 4, recipe="flash_tiny_sd", beside="ddim_4"),
+    "flash_ddim": Row("Flash, drawn by DDIM", 4, recipe="flash_tiny_sd", deterministic=True, beside="ddim_4"),
     "linfusion_perflow": Row("LinFusion + PeRFlow", 4, recipe="perflow_tiny_sd", linear=True, beside="ddim_4"),
     "linfusion_flash": Row("LinFusion + Flash", 4, recipe="flash_tiny_sd", linear=True, beside="ddim_4"),
 }
@@ -116,6 +126,22 @@ def _cpu_seconds(command: list[str], environment: dict) -> float:
     return spent() - before
 
 
+def bundle(row: Row, final: pathlib.Path, folder: pathlib.Path, record: dict) -> None:
+    """Write a student as it ships, for few_steps.student: its delta in float16, its scheduler, and a card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    delta = delta_weights.load(final / delta_weights.FILE_NAME)
+    delta_weights.save({key: value.half() for key, value in delta.items()}, folder)
+    shutil.copytree(final / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    card = {
+        "what": f"{row.title} for {few_steps.MODEL}: {row.steps} steps, not guided; the difference to its UNet",
+        "command": f"{record['command']} --bundle DIR",
+        "recipe": row.recipe,
+        **{key: record[key] for key in ("date", "steps", "guidance", "training", "settings", "versions")},
+        "scores": record["summary"],
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
 def facts() -> dict:
     cpu = doctor.processor()
     return {
@@ -148,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draw-seed", type=int, default=8, help="of orders and noise, the same for every row [8]")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/few_steps"))
     parser.add_argument("--records", type=pathlib.Path, help="where the JSON goes [OUT]")
+    parser.add_argument("--bundle", type=pathlib.Path, metavar="DIR", help="write the row's student there as it ships")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
 
@@ -157,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if (args.row is None) == (args.student is None) or (args.student is not None and args.steps is None):
         parser.error("expected a row, or --student and --steps")
+    if args.bundle and (args.row is None or ROWS[args.row].recipe is None or ROWS[args.row].linear):
+        parser.error("--bundle: expected the row of a student with the model's own attention")
     torch.set_num_threads(args.threads)
     out, records = args.out, args.records or args.out
     for folder in (out, records):
@@ -171,8 +200,11 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         name = f"{args.row}-{args.seed}"
         # Rows that differ only in how they are drawn share a student.
-        training = train(row, args.seed, out, out / name, args.threads)
-        way = few_steps.student(out / name / "final", steps=row.steps, guidance=row.guidance)
+        same = [key for key, other in ROWS.items() if other.made_by == row.made_by]
+        folder_of = f"{same[0]}-{args.seed}"
+        training = train(row, args.seed, out, out / folder_of, args.threads)
+        options = {"steps": row.steps, "guidance": row.guidance, "deterministic": row.deterministic}
+        way = few_steps.student(out / folder_of / "final", **options)
 
     record = few_steps.score(way, n=args.n, lengths=args.digits, seed=args.draw_seed)
     words = ["python", "examples/few_steps.py", *([args.row] if args.row else ["--student", name])]
@@ -183,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     record["command"] = shlex.join(map(str, words))
     (records / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
+    if args.bundle:
+        bundle(row, out / folder_of / "final", args.bundle, record)
     print(f"{name}: {row.steps} steps, {way.network_calls} calls of the network, {record['sampler']}")
     figures = record["summary"]
     for group, figure in figures["exact"].items():
@@ -191,8 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("  diversity {:.2f} [{:.2f}, {:.2f}]".format(*figures["canvas_diversity"]))
     print("  CPU seconds a picture {:.3f} [{:.3f}, {:.3f}]".format(*record["cpu_seconds"]))
     plain = find(row.beside, [records, out]) if row.beside else None
-    if plain is not None and plain["settings"] == record["settings"]:
+    if plain is not None:
         print("  exact above {}: {:+.3f} [{:+.3f}, {:+.3f}]".format(row.beside, *few_steps.gain(record, plain)))
+    if plain is not None and plain["settings"] == record["settings"]:
         closer = few_steps.distance_gain(record, plain)
         print("  Frechet distance below {}'s by {:+.4f} [{:+.4f}, {:+.4f}]".format(row.beside, *closer))
     return 0

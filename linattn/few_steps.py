@@ -70,13 +70,17 @@ def teacher(*, steps: int, guidance: float = GUIDANCE, spacing: str | None = Non
     return Way(pipe, steps, guidance)
 
 
-def student(folder: str | Path, *, steps: int, guidance: float = 1.0, model: str = MODEL) -> Way:
+def student(
+    folder: str | Path, *, steps: int, guidance: float = 1.0, deterministic: bool = False, model: str = MODEL
+) -> Way:
     """A student that was trained from a bundled model.
 
     Args:
         folder: with `scheduler/` and `delta_weights.safetensors`, `adapter/` beside it for one with linear attention,
             or `pytorch_lora_weights.safetensors` in the place of the delta; or the name of a bundled student.
         guidance: 1 for students that have their teacher's guidance in them.
+        deterministic: of Flash: DDIM at the levels of the training, in the place of LCM's sampler, which puts fresh
+            noise on the student's estimate after each step.
         model: the teacher.
 
     Raises:
@@ -98,6 +102,10 @@ def student(folder: str | Path, *, steps: int, guidance: float = 1.0, model: str
         missing = "skip" if (folder / "adapter").is_dir() else "raise"
         delta_weights.merge(pipe.unet, delta_weights.load(folder), missing=missing, exact=False)
     pipe.scheduler = _scheduler(folder / "scheduler")
+    if deterministic:
+        from diffusers import DDIMScheduler
+
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     return Way(pipe, steps, guidance, _levels(pipe, steps))
 
 
@@ -195,31 +203,38 @@ def _rounded(values) -> list[float] | None:
     return None if values is None else [float(f"{value:.5g}") for value in values]
 
 
-def exact(record: Mapping) -> np.ndarray:
-    """1 for every picture of the held-out orders that reads as asked, else 0: (n,) float64."""
-    return np.array([float(mark) for name in record["held_out"] for mark in record["exact"][name]])
+def exact(record: Mapping, n: int | None = None) -> np.ndarray:
+    """1 for every picture of the held-out orders that reads as asked, else 0, in float64.
+
+    Args:
+        n: of every set only the first n pictures: those that a smaller run would have drawn.
+    """
+    return np.array([float(mark) for name in record["held_out"] for mark in record["exact"][name][:n]])
 
 
 def gain(records: Mapping | Sequence[Mapping], plain: Mapping) -> Interval:
     """How much more often pictures read as asked than those of another way: paired by prompt and seed.
+
+    Where one drew fewer pictures than the other, what both drew is compared.
 
     Args:
         records: of one way; of several, for example students of several training seeds: their mean.
         plain: of the way that they are compared with.
 
     Raises:
-        ValueError: they did not draw the same orders from the same seeds.
+        ValueError: they did not draw orders of the same lengths from the same seeds.
     """
-    records = _same(records, plain)
-    return paired_interval(np.mean([exact(record) for record in records], 0), exact(plain))
+    records = _same(records, plain, ("digits", "seed"))
+    n = min(record["settings"]["n"] for record in (*records, plain))
+    return paired_interval(np.mean([exact(record, n) for record in records], 0), exact(plain, n))
 
 
 def distance_gain(records: Mapping | Sequence[Mapping], plain: Mapping) -> Interval:
     """How much smaller the Frechet distance of whole canvases is: above 0 where `records` is better.
 
-    Arguments as for :func:`gain`.
+    Arguments as for :func:`gain`; but all must have drawn as many pictures.
     """
-    records = _same(records, plain)
+    records = _same(records, plain, ("n", "digits", "seed"))
     mean = FrechetEstimate(
         float(np.mean([record["summary"]["canvas_distance"][0] for record in records])),
         np.mean([record["canvas_distance_resampled"] for record in records], 0),
@@ -228,9 +243,9 @@ def distance_gain(records: Mapping | Sequence[Mapping], plain: Mapping) -> Inter
     return other.minus(mean)
 
 
-def _same(records: Mapping | Sequence[Mapping], plain: Mapping) -> list[Mapping]:
+def _same(records: Mapping | Sequence[Mapping], plain: Mapping, settings: Sequence[str]) -> list[Mapping]:
     records = [records] if isinstance(records, Mapping) else list(records)
-    wanted = {key: plain["settings"][key] for key in ("n", "digits", "seed")}
+    wanted = {key: plain["settings"][key] for key in settings}
     for record in records:
         if (found := {key: record["settings"][key] for key in wanted}) != wanted:
             raise ValueError(f"scores of the same orders and seeds can be paired; got {found} and {wanted}")

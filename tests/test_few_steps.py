@@ -67,7 +67,13 @@ class TestScores:
         value, low, high = few_steps.distance_gain(record("01" * 50, 0.02), record("01" * 50, 0.03))
         assert value == pytest.approx(0.01) and low <= value <= high
 
-    @pytest.mark.parametrize("key, other", [("seed", 9), ("n", 7), ("digits", [3])])
+    def test_of_two_sizes_what_both_drew_is_compared(self):
+        small, large = record("1111"), record("0011" + "0" * 96)
+        assert few_steps.gain(small, large).value == few_steps.gain(small, record("0011")).value == 0.5
+        with pytest.raises(ValueError, match="same orders"):
+            few_steps.distance_gain(small, large)
+
+    @pytest.mark.parametrize("key, other", [("seed", 9), ("digits", [3])])
     def test_other_orders_or_seeds_cannot_be_paired(self, key, other):
         one = record("01" * 50)
         with pytest.raises(ValueError, match=f"same orders and seeds.*{other}".replace("[", r"\[")):
@@ -120,6 +126,9 @@ class TestStudents:
         LCMScheduler.from_config(config, clip_sample=False).save_pretrained(tmp_path / "scheduler")
         way = few_steps.student(tmp_path, steps=4)
         assert way.arguments["timesteps"] == [999, 749, 499, 249]
+        plain = few_steps.student(tmp_path, steps=4, deterministic=True)
+        plain.pipe.scheduler.set_timesteps(4)
+        assert plain.arguments == {} and plain.pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
         seen = []
         way.pipe.unet.register_forward_pre_hook(lambda module, inputs: seen.append(int(inputs[1])))
         found = few_steps.score(way, n=2, lengths=(2,), batch=3)
@@ -179,7 +188,7 @@ class TestRows:
         options = ["--n", "2", "--digits", "2", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]
         assert script.main(["ddim_2", *options]) == 0
         for _ in range(2):
-            assert script.main(["perflow_2", "--seed", "5", *options]) == 0
+            assert script.main(["perflow_2", "--seed", "5", *options, "--bundle", str(tmp_path / "shipped")]) == 0
         assert len(calls) == 2  # prepared and trained, once
         said = capsys.readouterr().out
         assert "exact above ddim_2: " in said
@@ -187,6 +196,11 @@ class TestRows:
         assert found["training"]["cpu_seconds"] == 100 and found["training"]["seed"] == 5
         assert found["command"].startswith("python examples/few_steps.py perflow_2 --seed 5 --n 2 --digits 2")
         assert str(tmp_path) not in found["command"]
+        shipped = few_steps.student(tmp_path / "shipped", steps=2)
+        assert shipped.pipe.scheduler.config.num_time_windows == 2
+        assert {value.dtype for value in delta_weights.load(tmp_path / "shipped").values()} == {torch.float16}
+        card = (tmp_path / "shipped" / "card.json").read_text()
+        assert json.loads(card)["scores"] == found["summary"] and str(tmp_path) not in card
 
 
 class TestTable:
@@ -208,7 +222,8 @@ class TestTable:
         titles = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("|")]
         assert titles[2:] == ["teacher, DDIM", "**PeRFlow**", "seed 0", "seed 1"]
         mean = lines[3].split(" | ")
-        assert mean[3].startswith("0.625 [") and mean[4].startswith("+0.375 [") and "10.0" in mean[-1]
+        assert mean[3] == "100" and mean[4].startswith("0.625 [") and mean[5].startswith("+0.375 [")
+        assert "10.0" in mean[-1]
 
     def test_without_results_it_says_so(self, readme, tmp_path):
         from benchmarks import tables

@@ -38,7 +38,17 @@ def load(folder: Path) -> dict[str, list[dict]]:
 
 
 def _table(records: dict[str, list[dict]]) -> str:
-    columns = ["", "steps", "calls", "exact", "above DDIM", "Frechet distance", "CPU s a picture", "training, CPU min"]
+    columns = [
+        "",
+        "steps",
+        "calls",
+        "pictures",
+        "exact",
+        "above DDIM",
+        "Frechet distance",
+        "CPU s a picture",
+        "training, CPU min",
+    ]
     lines = []
     for rows in records.values():
         first = rows[0]
@@ -63,6 +73,7 @@ def _line(rows: list[dict], beside: dict | None) -> list[str]:
     return [
         str(first["steps"]),
         str(first["network_calls"]),
+        str(len(right)),
         _interval(exact, 3),
         _interval(few_steps.gain(rows, beside), 3, "+") if beside else "—",
         _interval(mean if len(rows) > 1 else distances[0], 4),
@@ -77,18 +88,17 @@ def _interval(figure, places: int, sign: str = "") -> str:
 
 def _words(records: dict[str, list[dict]], device: str) -> str:
     every = [row for rows in records.values() for row in rows]
-    first, settings = every[0], every[0]["settings"]
-    lengths = [str(length) for length in settings["digits"]]
+    first = every[0]
+    lengths = [str(length) for length in first["settings"]["digits"]]
     guidance = sorted({row["guidance"] for row in every if row["guidance"] > 1})
     dates = ", ".join(sorted({row["date"] for row in every}))
     return (
         "`python examples/few_steps.py ROW --seed SEED` trains a student, draws and scores it; `--list` names the "
-        f"rows. Exact: share of {len(few_steps.exact(first))} pictures ({settings['n']} each of "
-        f"{', '.join(lengths[:-1])} and {lengths[-1]} digits, orders never trained on) that read exactly as asked. "
-        "Above DDIM: the difference to the "
-        "teacher's DDIM at as many steps, paired, same prompts and seeds. Frechet distance: of the ink of whole "
-        "canvases, to canvases of held-out scans. In brackets 95 % intervals over pictures; where a row has several "
-        "training seeds, its first line is their mean. The guided teacher "
+        f"rows. Exact: share of the pictures (a third each of {', '.join(lengths[:-1])} and {lengths[-1]} digits, "
+        "orders never trained on) that read exactly as asked. Above DDIM: the difference to the teacher's DDIM at as "
+        "many steps, paired, same prompts and seeds. Frechet distance: of the ink of whole canvases, to canvases of "
+        "held-out scans; it falls with the number of pictures. In brackets 95 % intervals over pictures; where a row "
+        "has several training seeds, its first line is their mean. The guided teacher "
         f"({' and '.join(f'{g:g}' for g in guidance)}) takes two calls of the network a step; students have the "
         "guidance in them and take one. CPU time of a picture is whole: text, network, decoder. "
         f"{first['device']}, one thread, busy machine; torch {first['versions']['torch']}; {dates} "
