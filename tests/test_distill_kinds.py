@@ -1,6 +1,10 @@
 """Kinds of pipelines that step distillation takes: conditions made of pictures, PixArt, kinds of one's own."""
 
 import contextlib
+import importlib.util
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +14,24 @@ pytest.importorskip("diffusers", reason='distillation needs the extra: pip insta
 pytest.importorskip("pydantic", reason='distillation needs the extra: pip install "linattn[train]"')
 
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionXLAdapterPipeline
+from helpers import runs
 from helpers.tiny_kinds import KINDS, OWN, tiny_adapter, tiny_kind
 from helpers.tiny_pipelines import tiny_ip_adapter, tiny_pipeline
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from linattn.distill import pipelines
+from linattn.cli import main
+from linattn.cli.distill import resolve
+from linattn.distill import pipelines, recipe
 from linattn.distill.data.edges import canny
 from linattn.distill.data.masks import ellipse_mask, random_mask
 from linattn.distill.noise import _stream
 from linattn.distill.pipelines import picture_conditioned
 from linattn.distill.pipelines.face_swap import FaceSwap
+from linattn.distill.trainer import Trainer
+from linattn.schedulers import PeRFlowScheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
@@ -474,3 +485,219 @@ def test_what_a_kind_cannot_do_is_refused_by_key(folders, kind, name, options, m
 def test_a_kind_must_be_one(folders):
     with pytest.raises(ValueError, match=r"model\.kind: expected a subclass of linattn\.distill\.pipelines\.Kind, got"):
         pipelines.load(str(folders / "sd15"), kind=DiffusionPipeline)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+RECIPES = {
+    "flash_pixart": "pixart",
+    "flash_t2i_adapter": "adapter",
+    "flash_inpainting": "inpainting",
+    "flash_upscaler": "upscaler",
+    "flash_faceswap": OWN,
+}
+#: Small and quick, on the CPU; everything else is as the shipped recipe has it.
+SMALL = (
+    "training.batch_size=2",
+    "training.steps=3",
+    "training.learning_rate=1e-3",
+    "training.gradient_checkpointing=false",
+    "data.resolution=32",
+    "data.workers=0",
+    "output.log_with=null",
+    "output.validation.prompts=[]",
+)
+SMALL_FLASH = (
+    "objective.phases.grid_steps=4",
+    "objective.phases.steps=1",
+    "objective.discriminator.learning_rate=1e-3",
+    "student.lora.rank=2",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    runs.reset_accelerator()
+    yield
+    runs.reset_accelerator()
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of five pictures with captions."""
+    root = tmp_path_factory.mktemp("photographs")
+    for i in range(5):
+        photograph(36 + 2 * i, 40).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"a handwritten {i}")
+    return root
+
+
+def small(folders, photographs, out, name, *overrides, family=None):
+    family = family or RECIPES[name]
+    places = [f"model.pretrained={folders / family}", f"data.path={photographs}", f"output.folder={out}"]
+    flash = SMALL_FLASH if name.startswith("flash") else ("objective.solver_steps=2",)
+    adapter = ["model.options.adapter=null"] if name == "flash_t2i_adapter" else []  # it is in the folder
+    length = ["model.text_length=12"] if family.startswith("pixart") else []
+    precision = [] if any("mixed_precision" in o for o in overrides) else ["training.mixed_precision=no"]
+    return recipe.load(name, [*SMALL, *flash, *places, *adapter, *length, *precision, *overrides])
+
+
+def trainer_of(*arguments, **options):
+    runs.reset_accelerator()
+    wanted = small(*arguments, **options)
+    named = {"model.kind": resolve(wanted.model.kind, "model.kind")} if wanted.model.kind else None
+    return Trainer(wanted, named=named, say=lambda _: None)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipe_moves_the_low_rank_updates_and_the_judge_and_nothing_else(folders, photographs, tmp_path, name):
+    shown = ["output.validation={prompts: [a two], steps: 2, teacher_steps: 2, height: 32, width: 32}"]
+    if name != "flash_pixart":
+        shown += [f"output.validation.images=[{photographs / '0.png'}]"]
+    precision = recipe.load(name).training.mixed_precision
+    trainer = trainer_of(folders, photographs, tmp_path, name, f"training.mixed_precision={precision}", *shown)
+    frozen = {
+        part: {key: value.clone() for key, value in module.state_dict().items()}
+        for part, module in trainer.models.pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    assert frozen.keys() >= {"vae", "text_encoder"} | ({"adapter"} if name == "flash_t2i_adapter" else set())
+    heads = {key: value.clone() for key, value in trainer._trained().items()}
+    final = trainer.run()
+    for part, state in frozen.items():
+        for key, value in getattr(trainer.models.pipeline, part).state_dict().items():
+            assert torch.equal(value, state[key]), f"{part}.{key} moved"
+    after = trainer._trained()
+    assert all(".lora_" in key for key in trainer.trainable)
+    assert any(key.startswith("discriminator:") for key in after)
+    # Low-rank updates begin at zero: the first factor has a gradient from the second step on, and barely one in bf16.
+    still = [key for key, value in after.items() if torch.equal(value, heads[key]) and ".lora_A" not in key]
+    assert not still, f"{still} did not move in three steps"
+    (picture,) = (tmp_path / "validation").glob("*.png")
+    assert Image.open(picture).size == (64, 32)  # teacher | student
+    assert LCMScheduler.from_pretrained(final, subfolder="scheduler").config.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("name", ["flash_inpainting", "flash_upscaler"])
+def test_run_that_was_stopped_sees_the_same_masks_and_noise(folders, photographs, tmp_path, name):
+    whole = trainer_of(folders, photographs, tmp_path / "whole", name).run()
+    trainer_of(folders, photographs, tmp_path / "parts", name, "training.steps=2").run()
+    parts = trainer_of(folders, photographs, tmp_path / "parts", name).run()
+    one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, parts))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_low_rank_updates_of_pixart_are_loaded_by_peft(folders, photographs, tmp_path):
+    trainer = trainer_of(folders, photographs, tmp_path, "flash_pixart")
+    final = trainer.run()
+    assert json.loads((final / "adapter_config.json").read_text())["lora_alpha"] == 8
+    stock = DiffusionPipeline.from_pretrained(folders / "pixart")
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    condition = condition_of(trainer.models, ["a two"], torch.zeros(1, 3, 32, 32), [0])
+    with torch.no_grad():
+        before = trainer.models.denoiser(stock.transformer)(*inputs, condition)
+        merged = PeftModel.from_pretrained(stock.transformer, final).merge_and_unload()
+        after = trainer.models.denoiser(merged)(*inputs, condition)
+        expected = trainer.models.denoiser(trainer.student.model)(*inputs, condition)
+    torch.testing.assert_close(after, expected, **CLOSE)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_upscaler_s_pipeline_visits_the_trained_levels_by_its_saved_scheduler(folders, photographs, tmp_path):
+    """Its call takes no timesteps."""
+    final = trainer_of(folders, photographs, tmp_path, "flash_upscaler").run()
+    pipe = DiffusionPipeline.from_pretrained(folders / "upscaler")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(final)
+    pipe.scheduler = LCMScheduler.from_pretrained(final, subfolder="scheduler")
+    (picture,) = pipe("a two", photograph(8, 12), num_inference_steps=4, guidance_scale=1.0).images
+    assert picture.size == (48, 32) and pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_cached_captions_of_pixart_keep_their_masks(folders, photographs, tmp_path):
+    plain = trainer_of(folders, photographs, tmp_path / "plain", "flash_pixart").run()
+    cached = trainer_of(folders, photographs, tmp_path / "cached", "flash_pixart", "data.cache.text=true").run()
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (plain, cached))
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["pixart", "inpainting"])
+def test_straight_paths_can_be_taught_to_these_kinds_too(folders, photographs, tmp_path, family):
+    options = ["objective.teacher_guidance=2.0", "training.lr_schedule=constant", "training.warmup_steps=0"]
+    shown = "output.validation={prompts: [a two], steps: 4, teacher_steps: 2, height: 32, width: 32}"
+    images = [] if family == "pixart" else [f"output.validation.images=[{photographs / '0.png'}]"]
+    trainer = trainer_of(
+        folders, photographs, tmp_path, "perflow_sd15", *options, shown, *images, "training.steps=1", family=family
+    )
+    final = trainer.run()
+    pipe = DiffusionPipeline.from_pretrained(final)
+    assert type(pipe) is type(trainer.models.pipeline) and type(pipe.scheduler) is PeRFlowScheduler
+    tuned = getattr(pipe, trainer.models.component).state_dict()
+    assert any(not torch.equal(value, tuned[key]) for key, value in trainer.models.model.state_dict().items())
+    assert (tmp_path / "validation").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options", "line"),
+    [
+        (
+            "flash_inpainting",
+            None,
+            ["output.validation.prompts=[a two]"],
+            "output.validation.images: expected pictures for a StableDiffusionInpaintPipeline to see beside",
+        ),
+        (
+            "flash_sd15",
+            "sd15",
+            ["output.validation.images=[{picture}]"],
+            "output.validation.images: expected [] for a StableDiffusionPipeline (which sees prompts alone), got [",
+        ),
+        ("flash_upscaler", None, ["data.cache.latents=true"], "data.cache.latents: expected false for a StableDiff"),
+        ("flash_upscaler", None, ["data.resolution=40"], "data.resolution: expected a multiple of 16 for a StableDiff"),
+        (
+            "flash_inpainting",
+            None,
+            ["objective.drop={{mask: 0.1}}"],
+            "objective.drop: expected conditions of a StableDiffusionInpaintPipeline, encoder_hidden_states, conc",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_kind_is_refused_by_key(folders, photographs, tmp_path, name, family, options, line):
+    options = [option.format(picture=photographs / "0.png") for option in options]
+    with pytest.raises(ValueError, match=re.escape(line)):
+        trainer_of(folders, photographs, tmp_path / "run", name, *options, family=family)
+    assert not (tmp_path / "run").exists()
+
+
+def test_kind_that_is_named_must_be_handed_in(folders, photographs, tmp_path):
+    with pytest.raises(
+        TypeError, match=r"expected the class that model\.kind names \('linattn\.distill\.pipelines\.face"
+    ):
+        Trainer(small(folders, photographs, tmp_path, "flash_faceswap"))
+
+
+def test_command_finds_the_kind_by_its_path(folders, photographs, tmp_path, capsys):
+    wanted = small(folders, photographs, tmp_path / "run", "flash_faceswap")
+    (tmp_path / "own.yaml").write_text(wanted.to_yaml())
+    assert main(["distill", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
+    assert "StableDiffusionPipeline" in capsys.readouterr().out
+    assert main(["distill", str(tmp_path / "own.yaml"), "--set", "model.kind=linattn.distill:Nothing"]) == 1
+    assert "model.kind: linattn.distill has no 'Nothing'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- a model of one's own
+
+
+def test_a_custom_model_is_distilled_in_under_forty_lines(capsys):
+    """examples/flash_custom_model.py, between its two lines of ===; with a few steps of training."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "flash_custom_model.py"
+    (code,) = re.findall(r"^# =+\n(.*?)^# =+$", path.read_text(), re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+    spec = importlib.util.spec_from_file_location("flash_custom_model", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    scores = example.main(["--teacher-steps", "12", "--steps", "4"])
+    assert len(capsys.readouterr().out.splitlines()) == len(scores) == 5
+    assert scores["real"][0] == 0 and scores["real"][1] > 0.9
+    assert all(np.isfinite(value).all() for value in scores.values())

@@ -360,7 +360,7 @@ class Recipe(Section):
                 without["data.image_key"] = None  # of a table of captions, which is not read
         else:
             without, why = dict(ONLY_BESIDE_EDM), f"objective.kind: {kind}"
-            if kind == "flash":
+            if kind in ("perflow", "flash"):
                 del without["output.validation.images"]  # of models that are shown pictures
             if kind in ("perflow", "flash"):
                 yield from self._step_conflicts()

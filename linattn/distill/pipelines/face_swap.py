@@ -38,7 +38,6 @@ class FaceSwap(StableDiffusionInpainting):
         ValueError: a UNet with other inputs; no identity encoder, or one whose vectors have another length.
     """
 
-    objectives = ("flash",)
     unused = tuple(name for name in StableDiffusionInpainting.unused if name != "image_encoder")
 
     def __init__(self, pipeline, *, identity: str | nn.Module | None = None):
