@@ -451,6 +451,21 @@ def test_drawing_is_the_scheduler_s_walk_with_guidance(loaded, name):
         expected = models.pipeline.image_processor.postprocess(models.decode(clean))[0]
     assert np.abs(np.array(drawn, int) - np.array(expected, int)).max() <= 1
 
+    # Guided: away from what the policies leave.
+    few["arguments"] = {"timesteps": [999], "guidance_scale": 3.0}
+    (drawn,) = models.draw(models.model, ["a two"], steps=8, guidance=1.0, **few, **shared)
+    empty, policies = models.encode_text([""]), models.policies()
+    absent = {
+        entry: {"empty": empty.get(entry), "zero": torch.zeros_like(value), "keep": value}[policies[entry]]
+        for entry, value in condition.items()
+    }
+    sample, t = torch.randn(sample.shape, generator=torch.Generator().manual_seed(3)), torch.tensor([999])
+    with torch.no_grad():
+        seen, unseen = (denoiser(sample, t, c) for c in (condition, absent))
+        clean = process.clean(3 * seen - 2 * unseen, sample, t)
+        expected = models.pipeline.image_processor.postprocess(models.decode(clean))[0]
+    assert np.abs(np.array(drawn, int) - np.array(expected, int)).max() <= 1
+
     with pytest.raises(ValueError, match=r"output\.validation\.images: expected pictures to show to a"):
         models.draw(models.model, ["a two"], steps=2, guidance=1.0, **{**shared, "pictures": ()})
     with pytest.raises(ValueError, match=r"arguments must be among .*, got eta"):
