@@ -71,7 +71,7 @@ class Model(Section):
     pipeline: Annotated[str, AfterValidator(import_path)] | None = None  # module:Class of one that diffusers lacks
     config: dict[str, Any] | None = None  # in place of pretrained: new weights, of a network of this configuration
     image_encoder: Text | None = None  # name or folder of the CLIP that a pipeline without one is given
-    # module:Class that says what the model is shown, in the place of the one for its pipeline: docs/distillation.md
+    # module:Class that says what the model is shown, where not by its pipeline: docs/conditional_models.md
     kind: Annotated[str, AfterValidator(import_path)] | None = None
     options: dict[str, Any] = Field(default_factory=dict)  # handed to that class
 
