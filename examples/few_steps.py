@@ -80,8 +80,22 @@ ROWS = {
     "perflow_2": Row("PeRFlow", 2, recipe="perflow_tiny_sd", changes=("objective.windows=2",), beside="ddim_2"),
     "flash": Row("Flash", 4, recipe="flash_tiny_sd", beside="ddim_4"),
     "flash_ddim": Row("Flash, drawn by DDIM", 4, recipe="flash_tiny_sd", deterministic=True, beside="ddim_4"),
-    "linfusion_perflow": Row("LinFusion + PeRFlow", 4, recipe="perflow_tiny_sd", linear=True, beside="ddim_4"),
-    "linfusion_flash": Row("LinFusion + Flash", 4, recipe="flash_tiny_sd", linear=True, beside="ddim_4"),
+    "linfusion_perflow": Row(
+        "LinFusion + PeRFlow",
+        4,
+        recipe="perflow_tiny_sd",
+        changes=("training.steps=400",),
+        linear=True,
+        beside="ddim_4",
+    ),
+    "linfusion_flash": Row(
+        "LinFusion + Flash",
+        4,
+        recipe="flash_tiny_sd",
+        changes=("training.steps=250", "objective.phases.steps=[60, 190]"),
+        linear=True,
+        beside="ddim_4",
+    ),
 }
 
 

@@ -52,18 +52,18 @@ def _table(records: dict[str, list[dict]]) -> str:
     lines = []
     for rows in records.values():
         first = rows[0]
-        beside = records.get(first["beside"])
         student = first["training"] is not None
         title = f"**{first['title']}**" if student else first["title"]
-        lines.append([title, *_line(rows, beside and beside[0])])
+        lines.append([title, *_line(rows, records)])
         if len(rows) > 1:
-            for row in rows:
-                lines.append([f"seed {row['training']['seed']}", *_line([row], beside and beside[0])])
+            lines += [[f"seed {row['training']['seed']}", *_line([row], records)] for row in rows]
     return f.table(columns, lines)
 
 
-def _line(rows: list[dict], beside: dict | None) -> list[str]:
+def _line(rows: list[dict], records: dict[str, list[dict]]) -> list[str]:
     first = rows[0]
+    # DDIM at as many steps: guided, which takes twice the calls, and not.
+    beside = [records.get(name) for name in (first["beside"], f"ddim_{first['steps']}_unguided")]
     right = np.mean([few_steps.exact(row) for row in rows], 0)
     exact = few_steps.interval(right) if len(rows) > 1 else first["summary"]["exact"][few_steps.HELD_OUT]
     distances = [row["summary"]["canvas_distance"] for row in rows]
@@ -75,7 +75,7 @@ def _line(rows: list[dict], beside: dict | None) -> list[str]:
         str(first["network_calls"]),
         str(len(right)),
         _interval(exact, 3),
-        _interval(few_steps.gain(rows, beside), 3, "+") if beside else "—",
+        *(_interval(few_steps.gain(rows, one[0]), 3, "+") if one and first["training"] else "—" for one in beside),
         _interval(mean if len(rows) > 1 else distances[0], 4),
         _interval(np.mean([row["cpu_seconds"] for row in rows], 0), 3),
         f"{np.mean(minutes):.1f}" if minutes else "—",
@@ -96,7 +96,8 @@ def _words(records: dict[str, list[dict]], device: str) -> str:
         "`python examples/few_steps.py ROW --seed SEED` trains a student, draws and scores it; `--list` names the "
         f"rows. Exact: share of the pictures (a third each of {', '.join(lengths[:-1])} and {lengths[-1]} digits, "
         "orders never trained on) that read exactly as asked. Above DDIM: the difference to the teacher's DDIM at as "
-        "many steps, paired, same prompts and seeds. Frechet distance: of the ink of whole canvases, to canvases of "
+        "many steps, paired, same prompts and seeds: guided, which takes twice as many calls of the network, and not "
+        "guided, which takes as many. Frechet distance: of the ink of whole canvases, to canvases of "
         "held-out scans; it falls with the number of pictures. In brackets 95 % intervals over pictures; where a row "
         "has several training seeds, its first line is their mean. The guided teacher "
         f"({' and '.join(f'{g:g}' for g in guidance)}) takes two calls of the network a step; students have the "
