@@ -278,13 +278,16 @@ def test_refiner_enlarges_a_picture_that_is_input_and_control(
 
 @pytest.mark.parametrize("strength, expected", [(0.5, [500, 250]), (0.9, [750, 500, 250])])
 def test_refiner_keeps_the_size_and_begins_at_the_start_of_a_window(
-    strength, expected, example, model, delta, tmp_path, monkeypatch
+    strength, expected, example, model, delta, student, tmp_path, monkeypatch
 ):
-    picture(3).crop((0, 0, 32, 24)).save(tmp_path / "small.png")
+    small = picture(3).crop((0, 0, 32, 24))
+    small.save(tmp_path / "small.png")
     told = watched_timesteps(monkeypatch)
-    options = ("--model", model, "--delta", delta, "--image", tmp_path / "small.png", "--scale", 1)
+    options = ("--model", model, "--delta", delta, "--image", tmp_path / "small.png", "--scale", 1, "--guidance", 2.5)
     drawn = run(example("refiner"), tmp_path / "a.png", *options, "--strength", strength)
     assert drawn.shape == (24, 32, 3) and told == expected
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**student.components)
+    assert_drawn(drawn, pipe(image=small, strength=strength, **common_call()).images[0])
 
 
 def test_refiner_can_draw_its_own_picture_and_decode_in_tiles(example, model, delta, tmp_path, monkeypatch):
@@ -535,21 +538,22 @@ def test_fine_layers_keep_their_own_self_attention(drawer):
 def test_blending_changes_nothing_but_where_the_words_are_drawn(drawer, monkeypatch):
     fifth = 5  # <start> a seven , a TWO ..., <start> a seven , an EIGHT ...
 
-    def drawn_on_the_left(self, maps):
+    def drawn_at_the_sides(self, maps):
         side = round(maps.shape[2] ** 0.5)
-        left = (torch.arange(maps.shape[2]) % side < side // 2).to(maps)
+        column = torch.arange(maps.shape[2]) % side / side
         maps = maps.clone()
-        maps[..., fifth] = left
+        maps[0, ..., fifth], maps[1, ..., fifth] = (column < 0.25).to(maps), (column >= 0.75).to(maps)
         return maps
 
-    monkeypatch.setattr(PromptToPrompt, "edited_maps", drawn_on_the_left)
+    monkeypatch.setattr(PromptToPrompt, "edited_maps", drawn_at_the_sides)
     steps = []
     source, edited = latents(
         PromptToPrompt(drawer, PROMPT, EDITED, self_steps=0, blend=["two", "eight"]),
         callback_on_step_end=lambda pipe, step, timestep, kwargs: steps.append(kwargs["latents"]) or kwargs,
     )
     same = (source == edited).all(0)
-    assert same[:, 12:].all() and not same[:, :8].any()  # of 16 columns; the border is smooth
+    # Of 16 columns, with smooth borders: the old word on the left, the new one on the right.
+    assert same[:, 7:9].all() and not same[:, :4].any() and not same[:, 12:].any()
     assert len(steps) == 4 and torch.equal(steps[-1], torch.stack([source, edited]))
 
 
