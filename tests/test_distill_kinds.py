@@ -593,11 +593,10 @@ def test_shipped_recipe_moves_the_low_rank_updates_and_the_judge_and_nothing_els
     assert LCMScheduler.from_pretrained(final, subfolder="scheduler").config.timestep_spacing == "trailing"
 
 
-@pytest.mark.parametrize("name", ["flash_inpainting", "flash_upscaler"])
-def test_run_that_was_stopped_sees_the_same_masks_and_noise(folders, photographs, tmp_path, name):
-    whole = trainer_of(folders, photographs, tmp_path / "whole", name).run()
-    trainer_of(folders, photographs, tmp_path / "parts", name, "training.steps=2").run()
-    parts = trainer_of(folders, photographs, tmp_path / "parts", name).run()
+def test_run_that_was_stopped_sees_the_same_masks(folders, photographs, tmp_path):
+    whole = trainer_of(folders, photographs, tmp_path / "whole", "flash_inpainting").run()
+    trainer_of(folders, photographs, tmp_path / "parts", "flash_inpainting", "training.steps=2").run()
+    parts = trainer_of(folders, photographs, tmp_path / "parts", "flash_inpainting").run()
     one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (whole, parts))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -712,7 +711,7 @@ def test_a_custom_model_is_distilled_in_under_forty_lines(capsys):
     spec = importlib.util.spec_from_file_location("flash_custom_model", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    scores = example.main(["--teacher-steps", "12", "--steps", "4"])
+    scores = example.main(["--teacher-steps", "4", "--steps", "4"])
     assert len(capsys.readouterr().out.splitlines()) == len(scores) == 5
     assert scores["real"][0] == 0 and scores["real"][1] > 0.9
     assert all(np.isfinite(value).all() for value in scores.values())
