@@ -341,7 +341,6 @@ def own(tmp_path, monkeypatch):
     """In a folder of its own with a module of feature networks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules)
     monkeypatch.delitem(sys.modules, "my_features", raising=False)
     Path("my_features.py").write_text(OWN)
     return tmp_path
