@@ -93,7 +93,7 @@ class InfDiT(Kind):
             ]
 
     def save_lora(self, folder, layers: dict[str, Tensor], settings: dict) -> None:
-        """Write LoRA weights in the layout that `pipeline.transformer.load_lora_adapter(folder, use_safetensors=True)` reads.
+        """Write LoRA weights in the layout that `pipeline.transformer.load_lora_adapter` reads (use_safetensors=True).
 
         Args:
             settings: of the LoraConfig, kept in the file's metadata.
