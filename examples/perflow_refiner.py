@@ -15,7 +15,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, Con
 from PIL import Image
 
 PRESETS = {
-    "tiny": {**common.TINY, "shorter": 288, "strength": 0.5},
+    "tiny": {**common.TINY, "shorter": 288, "strength": 0.25},
     "published": {
         **common.SD15,
         "controlnet": "lllyasviel/control_v11f1e_sd15_tile",
