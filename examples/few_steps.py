@@ -52,7 +52,6 @@ class Row:
         linear: the student has linear attention, which starts as the bundled LinFusion weights.
         beside: the row of the teacher that it is compared with: DDIM at as many steps.
         spacing: of DDIM's noise levels.
-        deterministic: the student is drawn by DDIM (see few_steps.student).
     """
 
     title: str
@@ -63,7 +62,6 @@ class Row:
     linear: bool = False
     beside: str | None = None
     spacing: str | None = None
-    deterministic: bool = False
 
     @property
     def made_by(self) -> tuple:
@@ -79,7 +77,7 @@ ROWS = {
     "perflow": Row("PeRFlow", 4, recipe="perflow_tiny_sd", beside="ddim_4"),
     "perflow_2": Row("PeRFlow", 2, recipe="perflow_tiny_sd", changes=("objective.windows=2",), beside="ddim_2"),
     "flash": Row("Flash", 4, recipe="flash_tiny_sd", beside="ddim_4"),
-    "flash_ddim": Row("Flash, drawn by DDIM", 4, recipe="flash_tiny_sd", deterministic=True, beside="ddim_4"),
+    "flash_2": Row("Flash", 2, recipe="flash_tiny_sd", beside="ddim_2"),
     "linfusion_perflow": Row(
         "LinFusion + PeRFlow",
         4,
@@ -217,8 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         same = [key for key, other in ROWS.items() if other.made_by == row.made_by]
         folder_of = f"{same[0]}-{args.seed}"
         training = train(row, args.seed, out, out / folder_of, args.threads)
-        options = {"steps": row.steps, "guidance": row.guidance, "deterministic": row.deterministic}
-        way = few_steps.student(out / folder_of / "final", **options)
+        way = few_steps.student(out / folder_of / "final", steps=row.steps, guidance=row.guidance)
 
     record = few_steps.score(way, n=args.n, lengths=args.digits, seed=args.draw_seed)
     words = ["python", "examples/few_steps.py", *([args.row] if args.row else ["--student", name])]

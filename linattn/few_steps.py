@@ -70,17 +70,13 @@ def teacher(*, steps: int, guidance: float = GUIDANCE, spacing: str | None = Non
     return Way(pipe, steps, guidance)
 
 
-def student(
-    folder: str | Path, *, steps: int, guidance: float = 1.0, deterministic: bool = False, model: str = MODEL
-) -> Way:
+def student(folder: str | Path, *, steps: int, guidance: float = 1.0, model: str = MODEL) -> Way:
     """A student that was trained from a bundled model.
 
     Args:
         folder: with `scheduler/` and `delta_weights.safetensors`, `adapter/` beside it for one with linear attention,
             or `pytorch_lora_weights.safetensors` in the place of the delta; or the name of a bundled student.
         guidance: 1 for students that have their teacher's guidance in them.
-        deterministic: of Flash: DDIM at the levels of the training, in the place of LCM's sampler, which puts fresh
-            noise on the student's estimate after each step.
         model: the teacher.
 
     Raises:
@@ -102,10 +98,6 @@ def student(
         missing = "skip" if (folder / "adapter").is_dir() else "raise"
         delta_weights.merge(pipe.unet, delta_weights.load(folder), missing=missing, exact=False)
     pipe.scheduler = _scheduler(folder / "scheduler")
-    if deterministic:
-        from diffusers import DDIMScheduler
-
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     return Way(pipe, steps, guidance, _levels(pipe, steps))
 
 

@@ -15,6 +15,12 @@ from . import _format as f
 #: Rows of the teacher first, then students, as examples/few_steps.py names them.
 ORDER = ("ddim_25", "ddim_4", "ddim_4_unguided", "ddim_2", "ddim_2_unguided")
 FOLDER = "few_steps"
+#: What students are compared with -> its row, by the student's steps.
+BESIDE = {
+    "DDIM, guided, as many steps": lambda steps: f"ddim_{steps}",
+    "DDIM, guided, as many calls": lambda steps: f"ddim_{steps // 2}",
+    "DDIM, not guided, as many of both": lambda steps: f"ddim_{steps}_unguided",
+}
 
 
 def render(results, folder: Path = RESULTS) -> str:
@@ -38,17 +44,9 @@ def load(folder: Path) -> dict[str, list[dict]]:
 
 
 def _table(records: dict[str, list[dict]]) -> str:
-    columns = [
-        "",
-        "steps",
-        "calls",
-        "pictures",
-        "exact",
-        "above DDIM",
-        "Frechet distance",
-        "CPU s a picture",
-        "training, CPU min",
-    ]
+    gains = [f"above {words}" for words in BESIDE]
+    columns = ["", "steps", "calls", "pictures", "exact", *gains]
+    columns += ["Frechet distance", "CPU s a picture", "training, CPU min"]
     lines = []
     for rows in records.values():
         first = rows[0]
@@ -62,8 +60,7 @@ def _table(records: dict[str, list[dict]]) -> str:
 
 def _line(rows: list[dict], records: dict[str, list[dict]]) -> list[str]:
     first = rows[0]
-    # DDIM at as many steps: guided, which takes twice the calls, and not.
-    beside = [records.get(name) for name in (first["beside"], f"ddim_{first['steps']}_unguided")]
+    beside = [records.get(name(first["steps"])) for name in BESIDE.values()]
     right = np.mean([few_steps.exact(row) for row in rows], 0)
     exact = few_steps.interval(right) if len(rows) > 1 else first["summary"]["exact"][few_steps.HELD_OUT]
     distances = [row["summary"]["canvas_distance"] for row in rows]
@@ -95,9 +92,8 @@ def _words(records: dict[str, list[dict]], device: str) -> str:
     return (
         "`python examples/few_steps.py ROW --seed SEED` trains a student, draws and scores it; `--list` names the "
         f"rows. Exact: share of the pictures (a third each of {', '.join(lengths[:-1])} and {lengths[-1]} digits, "
-        "orders never trained on) that read exactly as asked. Above DDIM: the difference to the teacher's DDIM at as "
-        "many steps, paired, same prompts and seeds: guided, which takes twice as many calls of the network, and not "
-        "guided, which takes as many. Frechet distance: of the ink of whole canvases, to canvases of "
+        "orders never trained on) that read exactly as asked. Above DDIM: the difference to the teacher, paired, same "
+        "prompts and seeds. Frechet distance: of the ink of whole canvases, to canvases of "
         "held-out scans; it falls with the number of pictures. In brackets 95 % intervals over pictures; where a row "
         "has several training seeds, its first line is their mean. The guided teacher "
         f"({' and '.join(f'{g:g}' for g in guidance)}) takes two calls of the network a step; students have the "
