@@ -11,34 +11,14 @@ import itertools
 import pytest
 import torch
 from cuda_emulation import Device, library, needs_emulator, pointer
-from cuda_emulation.linear_attention import CASES, DTYPES, MAPS, Case, assert_right, lay_out, tensors
+from cuda_emulation.linear_attention import CASES, Case, View, assert_right, call_of, lay_out, tensors
 
 pytestmark = needs_emulator
 
 
-class View(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
-
-
-class Call(ctypes.Structure):
-    """Call of cuda_emulation/linear_attention.cpp."""
-
-    _fields_ = [
-        *((name, View) for name in ("q", "k", "v", "q_denom", "k_denom", "out")),
-        *((name, ctypes.c_void_p) for name in ("kv", "k_sum", "workspace")),
-        *((n, ctypes.c_int64) for n in ("dtype", "B", "H", "N", "M", "D", "E", "feature_map", "normalize")),
-        ("multiprocessors", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("scale", "inv_count", "eps")),
-    ]
-
-
 def prepare(case: Case, device: Device, given: dict[str, torch.Tensor | None]):
     """The call, and its results (out, kv, k_sum) in the emulator's memory."""
-    call = Call(
-        dtype=DTYPES.index(case.dtype), B=case.B, H=case.H, N=case.N, M=case.M, D=case.D, E=case.E,
-        feature_map=MAPS.index(case.feature_map), normalize=case.normalize, multiprocessors=case.multiprocessors,
-        scale=1 / case.M, inv_count=1 / case.M, eps=1e-4,
-    )  # fmt: skip
+    call = call_of(case)
     results = [
         device.output(lay_out(torch.empty(case.B, case.H, case.N, case.E, dtype=case.dtype), case.layout), "out"),
         device.output(torch.empty(case.B, case.H, case.D, case.E), "kv"),
@@ -46,7 +26,7 @@ def prepare(case: Case, device: Device, given: dict[str, torch.Tensor | None]):
     ]
     placed = {name: device.input(x, name) for name, x in given.items() if x is not None} | {"out": results[0]}
     for name, x in placed.items():
-        setattr(call, name, View(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3])))
+        setattr(call, name, View.of(x))
     device.library.workspace_bytes.restype = ctypes.c_int64
     size = device.library.workspace_bytes(ctypes.byref(call))
     workspace = device.output(torch.empty(size, dtype=torch.uint8), "workspace") if size else None

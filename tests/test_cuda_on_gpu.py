@@ -13,6 +13,7 @@ import subprocess
 import pytest
 import torch
 from cuda_emulation import HERE, KERNELS, Device, library, pointer
+from cuda_emulation import linear_attention_backward as backward
 from cuda_emulation import why_not as no_emulator
 from cuda_emulation.linear_attention import CASES, DTYPES, MAPS, Case, assert_right, lay_out, tensors
 
@@ -50,6 +51,24 @@ def run(case, device):
     return results
 
 
+def run_backward(case, names, device):
+    """The results of one of the two backward passes, by name."""
+    given = {}
+    for name, x in backward.inputs(case).items():
+        x = None if x is None else x.to(device)
+        given[name] = lay_out(x, case.layout) if x is not None and x.dim() == 4 and "kv" not in name else x
+    results = backward.outputs(case, device)
+    written, feature_map = [results[name] for name in names], MAPS.index(case.feature_map)
+    if names == backward.APPLY:
+        read = [given[name] for name in ("grad_out", "q", "q_denom", "kv", "k_sum")]
+        op = getattr(torch.ops.linattn, f"_linear_attention_apply_backward_{device}")
+        op(*read, feature_map, case.normalize, 1 / case.M, 1 / case.M, backward.EPS, *written)
+    else:
+        read = [given[name] for name in ("grad_kv", "grad_k_sum", "k", "v", "k_denom")]
+        getattr(torch.ops.linattn, f"_linear_attention_state_backward_{device}")(*read, feature_map, *written)
+    return {name: results[name] for name in names}
+
+
 LARGE = [Case(N=20000, M=20000, D=d, E=d, H=2, dtype=t) for d in (40, 64, 80, 128, 160) for t in DTYPES]
 
 
@@ -66,6 +85,25 @@ def test_calls_that_fill_the_chip_are_right_and_give_the_same_bits_every_time(ca
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, run(case, target), strict=True))
     assert_right(case, [x.cpu() for x in first])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("names", [backward.APPLY, backward.STATE], ids=["apply", "state"])
+@pytest.mark.parametrize("case", backward.CASES, ids=str)
+def test_gradients_of_small_calls_are_right(case, names, target):
+    results = run_backward(case, names, target)
+    backward.assert_right(case, {n: None if x is None else x.cpu() for n, x in results.items()}, names)
+
+
+@pytest.mark.parametrize("target", TARGETS[:1])
+@pytest.mark.parametrize("names", [backward.APPLY, backward.STATE], ids=["apply", "state"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_gradients_of_calls_that_fill_the_chip_are_right_and_give_the_same_bits_every_time(case, names, target):
+    first = run_backward(case, names, target)
+    for _ in range(5):
+        again = run_backward(case, names, target)
+        assert all(x is None or torch.equal(x, again[name]) for name, x in first.items())
+    backward.assert_right(case, {n: None if x is None else x.cpu() for n, x in first.items()}, names)
 
 
 @pytest.mark.parametrize("target", TARGETS[:1])

@@ -177,6 +177,47 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTe
   run(linattn::cuda::linear_attention_apply, a, place);
 }
 
+void apply_backward(const Tensor& grad_out, const Tensor& q, const OptionalTensor& q_denom, const Tensor& kv,
+                    const Tensor& k_sum, int64_t feature_map, bool normalize, double scale, double inv_count,
+                    double eps, const Tensor& grad_q, const OptionalTensor& grad_q_denom, const Tensor& grad_kv,
+                    const Tensor& grad_k_sum) {
+  Place place(q);
+  LinearAttentionArgs a = args_of(q, feature_map, place);
+  STD_TORCH_CHECK(kv.dim() == 4, "linattn cuda: kv must have 4 dimensions");
+  STD_TORCH_CHECK(q_denom.has_value() == grad_q_denom.has_value(),
+                  "linattn cuda: q_denom and grad_q_denom go together");
+  a.N = q.size(2);
+  set_widths(a, q.size(3), kv.size(3));
+  a.normalize = normalize;
+  a.scale = static_cast<float>(scale), a.inv_count = static_cast<float>(inv_count), a.eps = static_cast<float>(eps);
+  a.grad_out = view("grad_out", grad_out, a, place, a.N, a.E);
+  a.q = view("q", q, a, place, a.N, a.D), a.q_denom = view("q_denom", q_denom, a, place, a.N, a.D);
+  a.kv = state_pointer("kv", kv, a, place, true), a.k_sum = state_pointer("k_sum", k_sum, a, place, false);
+  a.grad_q = view("grad_q", grad_q, a, place, a.N, a.D);
+  a.grad_q_denom = view("grad_q_denom", grad_q_denom, a, place, a.N, a.D);
+  a.grad_kv = state_pointer("grad_kv", grad_kv, a, place, true);
+  a.grad_k_sum = state_pointer("grad_k_sum", grad_k_sum, a, place, false);
+  Tensor workspace =
+      torch::stable::new_empty(q, {linattn::cuda::linear_attention_apply_backward_workspace(a)}, ScalarType::Byte);
+  a.workspace = workspace.data_ptr();
+  run(linattn::cuda::linear_attention_apply_backward, a, place);
+}
+
+void state_backward(const Tensor& grad_kv, const Tensor& grad_k_sum, const Tensor& k, const Tensor& v,
+                    const OptionalTensor& k_denom, int64_t feature_map, const Tensor& grad_k, const Tensor& grad_v,
+                    const OptionalTensor& grad_k_denom) {
+  Place place(k);
+  LinearAttentionArgs a = args_of(k, feature_map, place);
+  set_keys(a, k, v, k_denom, place);
+  STD_TORCH_CHECK(k_denom.has_value() == grad_k_denom.has_value(),
+                  "linattn cuda: k_denom and grad_k_denom go together");
+  a.grad_kv = state_pointer("grad_kv", grad_kv, a, place, true);
+  a.grad_k_sum = state_pointer("grad_k_sum", grad_k_sum, a, place, false);
+  a.grad_k = view("grad_k", grad_k, a, place, a.M, a.D), a.grad_v = view("grad_v", grad_v, a, place, a.M, a.E);
+  a.grad_k_denom = view("grad_k_denom", grad_k_denom, a, place, a.M, a.D);
+  run(linattn::cuda::linear_attention_state_backward, a, place);
+}
+
 // These kernels have run in the emulator only, never on a GPU (docs/cuda.md): "auto" must not find them.
 bool asked_for() {
   const char* backend = std::getenv("LINATTN_BACKEND");
@@ -190,4 +231,6 @@ STABLE_TORCH_LIBRARY_IMPL(linattn, CUDA, m) {
   m.impl("_linear_attention_cuda", TORCH_BOX(&forward));
   m.impl("_linear_attention_state_cuda", TORCH_BOX(&state));
   m.impl("_linear_attention_apply_cuda", TORCH_BOX(&apply));
+  m.impl("_linear_attention_apply_backward_cuda", TORCH_BOX(&apply_backward));
+  m.impl("_linear_attention_state_backward_cuda", TORCH_BOX(&state_backward));
 }

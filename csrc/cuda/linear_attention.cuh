@@ -44,7 +44,21 @@ LINATTN_DEVICE void phi(uint32_t (&fragment)[4], int feature_map) {
   }
 }
 
+// phi of one value in float32.
+LINATTN_DEVICE float phi_value(float t, int feature_map) {
+  if (feature_map == kElu1) return elu1(t);
+  return feature_map == kRelu && t < 0 ? 0.f : t;
+}
+
 // ---- state ----------------------------------------------------------------------------------------------------------
+
+// What the backward pass of `apply` leaves for each token, and `state` reads there: the factors of phi(q) in the
+// gradients of kv and of k_sum (linear_attention_backward.cuh).
+struct Weights {
+  float of_kv, of_sum;
+};
+// Tokens of a head in the array of weights: rows begin at multiples of 16 bytes.
+LINATTN_HOST_DEVICE inline int64_t weights_stride(int64_t tokens) { return (tokens + 1) / 2 * 2; }
 
 template <class Element>
 struct StateParams {
@@ -54,6 +68,9 @@ struct StateParams {
   Splits splits;  // one sum for each head and run of value columns
   int D, E, feature_map;
   float *kv, *k_sum;
+  // Of weighted sums only:
+  const Weights* weights = nullptr;  // (heads of all samples, weights_stride(tokens))
+  float kv_factor = 1, sum_factor = 1;
 };
 
 // Tiles of D and E columns, which the head dims are padded to.
@@ -66,13 +83,27 @@ struct StateTile {
   static constexpr int kValueBytes = kRows * kRowBytes<uint16_t, E>;
   static constexpr int kQuads = E / 8 + 1;  // of accumulators per thread: kv, then k_sum
   static constexpr int kHeadBytes = 16;     // in shared memory, before the stages
-  LINATTN_HOST_DEVICE static constexpr int stage_bytes(bool denom) { return kKeyBytes * (denom ? 2 : 1) + kValueBytes; }
-  LINATTN_HOST_DEVICE static constexpr int shared_bytes(bool denom) {
-    return kHeadBytes + kStages * stage_bytes(denom);
+  static constexpr int kWeightBytes = kRows * static_cast<int>(sizeof(Weights));
+  LINATTN_HOST_DEVICE static constexpr int stage_bytes(bool denom, bool weighted = false) {
+    return kKeyBytes * (denom ? 2 : 1) + kValueBytes + (weighted ? kWeightBytes : 0);
+  }
+  LINATTN_HOST_DEVICE static constexpr int shared_bytes(bool denom, bool weighted = false) {
+    return kHeadBytes + kStages * stage_bytes(denom, weighted);
   }
 };
 
-template <class T, int D_TILE, int E_TILE>
+// Copies the weights of ROWS tokens, the first `live` of which exist; those of the rest become 0.
+template <int ROWS, int THREADS>
+LINATTN_DEVICE void load_weights(unsigned char* target, const Weights* source, int live) {
+  for (int i = thread_index(); i < ROWS / 2; i += THREADS) {
+    const int left = live - 2 * i, count = left < 0 ? 0 : left > 2 ? 2 : left;
+    copy_async_16(target + i * 16, source + (count ? 2 * i : 0), count * static_cast<int>(sizeof(Weights)));
+  }
+}
+
+// WEIGHTED: kv = kv_factor sum_j (of_kv_j phi(k_j))^T v_j and k_sum = sum_factor sum_j of_sum_j phi(k_j), the gradients
+// of the state with q and the gradient of out in the places of k and v.
+template <class T, int D_TILE, int E_TILE, bool WEIGHTED>
 LINATTN_KERNEL((StateTile<D_TILE, E_TILE>::kThreads), 1)
 state_kernel(StateParams<uint16_t> p) {
   using Tile = StateTile<D_TILE, E_TILE>;
@@ -84,7 +115,8 @@ state_kernel(StateParams<uint16_t> p) {
   const int64_t begin = split * p.chunk, end = begin + p.chunk < p.tokens ? begin + p.chunk : p.tokens;
   const int steps = static_cast<int>((end - begin + Tile::kRows - 1) / Tile::kRows);
   const bool denom = p.k_denom.data != nullptr;
-  const int stage_bytes = Tile::stage_bytes(denom);
+  const int stage_bytes = Tile::stage_bytes(denom, WEIGHTED);
+  const int weights_at = stage_bytes - Tile::kWeightBytes;
   int* flag = reinterpret_cast<int*>(shared_memory());
   unsigned char* stages = shared_memory() + Tile::kHeadBytes;
 
@@ -100,6 +132,9 @@ state_kernel(StateParams<uint16_t> p) {
       load_tile<Tile::kRows, D_TILE, Tile::kThreads>(stage + Tile::kKeyBytes + Tile::kValueBytes,
                                                      p.k_denom.row(b, h, token), p.k_denom.stride_n, p.k_denom.aligned,
                                                      live, p.D, thread_index());
+    if constexpr (WEIGHTED)
+      load_weights<Tile::kRows, Tile::kThreads>(stage + weights_at, p.weights + head * weights_stride(p.tokens) + token,
+                                                live);
   };
 
   // [0 .. E_TILE / 8): kv of this warp's 16 rows, 8 columns each; then k_sum, the same in all 8 columns.
@@ -135,7 +170,24 @@ state_kernel(StateParams<uint16_t> p) {
       const int row = token + (lane >> 4) * 8 + (lane & 7), chunk = warp * 2 + (lane >> 3 & 1);
       uint32_t left[4];
       load_matrices_transposed(left, chunk_of<uint16_t, D_TILE>(keys, row, chunk));
-      phi<T>(left, p.feature_map);
+      if constexpr (WEIGHTED) {
+        uint32_t counted[4] = {left[0], left[1], left[2], left[3]};
+        if (denom) load_matrices_transposed(counted, chunk_of<uint16_t, D_TILE>(denom_keys, row, chunk));
+        // Registers 0 and 1 hold rows lane / 4 and + 8 of tokens 2t and 2t + 1; 2 and 3 the same, 8 tokens on.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int first = token + i / 2 * 8 + (lane & 3) * 2;
+          const Quad w = load_quad(keys + weights_at + first * sizeof(Weights));
+          const float of_kv[2] = {float_from_bits(w.x[0]), float_from_bits(w.x[2])};
+          const float of_sum[2] = {float_from_bits(w.x[1]), float_from_bits(w.x[3])};
+          sums[Tile::kQuads - 1][i % 2 * 2] += of_sum[0] * phi_value(low_half<T>(counted[i]), p.feature_map) +
+                                               of_sum[1] * phi_value(high_half<T>(counted[i]), p.feature_map);
+          left[i] = pack<T>(of_kv[0] * phi_value(low_half<T>(left[i]), p.feature_map),
+                            of_kv[1] * phi_value(high_half<T>(left[i]), p.feature_map));
+        }
+      } else {
+        phi<T>(left, p.feature_map);
+      }
       if (LINATTN_FAULT("state swaps fragment registers")) {
         const uint32_t other = left[1];
         left[1] = left[2], left[2] = other;
@@ -148,6 +200,7 @@ state_kernel(StateParams<uint16_t> p) {
         multiply_add<T>(sums[column / 8], left, right[0], right[1]);
         multiply_add<T>(sums[column / 8 + 1], left, right[2], right[3]);
       }
+      if constexpr (WEIGHTED) continue;
       if (denom) {
         load_matrices_transposed(left, chunk_of<uint16_t, D_TILE>(denom_keys, row, chunk));
         phi<T>(left, p.feature_map);
@@ -161,6 +214,14 @@ state_kernel(StateParams<uint16_t> p) {
     }
   }
 
+  if constexpr (WEIGHTED) {  // each lane of a quad has a quarter of the tokens
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = sums[Tile::kQuads - 1][half * 2];
+      sum += shuffle_xor(sum, 1);
+      if (!LINATTN_FAULT("half of a row's sum")) sum += shuffle_xor(sum, 2);
+    }
+  }
   if (p.splits.count > 1) {
     const int64_t index = head * ((p.E + E_TILE - 1) / E_TILE) + block_z();
     if (!reduce_splits<Tile::kThreads>(p.splits, index, split, sums, flag)) return;
@@ -177,9 +238,13 @@ state_kernel(StateParams<uint16_t> p) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int e = i * 8 + lane % 4 * 2 + c;
-        if (e < columns) kv_row[e] = sums[i][half * 2 + c];
+        if (e < columns) kv_row[e] = WEIGHTED ? sums[i][half * 2 + c] * p.kv_factor : sums[i][half * 2 + c];
       }
-    if (lane % 4 == 0 && first_column == 0) p.k_sum[head * p.D + d] = sums[Tile::kQuads - 1][half * 2];
+    if (lane % 4 == 0 && first_column == 0) {
+      const float sum = sums[Tile::kQuads - 1][half * 2];
+      // A factor of 0 says that there is no denominator, whatever q holds.
+      p.k_sum[head * p.D + d] = !WEIGHTED ? sum : p.sum_factor == 0 ? 0.f : sum * p.sum_factor;
+    }
   }
 }
 
@@ -224,6 +289,42 @@ LINATTN_DEVICE float fit_of(float peak) {
   return exponent == 0 || exponent == 255 ? 1.f : float_from_bits(static_cast<uint32_t>(power) << 23);
 }
 
+// Makes a state resident: the float32 matrix (D rows of E, of which `columns` from its pointer on) brought near 2^14 by
+// a power of two, which is returned, and rounded into D_TILE x E_TILE values of shared memory; `vector` (null: zeros)
+// times `factor` into `mean`. Whole block; ends with a barrier of the block.
+template <class T, int D_TILE, int E_TILE, int WARPS>
+LINATTN_DEVICE float prepare_state(const float* matrix, const float* vector, float factor, int D, int E, int columns,
+                                   unsigned char* state, float* mean, float* peaks) {
+  constexpr int kThreads = WARPS * kWarp;
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+  float peak = 0;
+  for (int i = thread_index(); i < D * columns; i += kThreads) {
+    const float x = matrix[static_cast<int64_t>(i / columns) * E + i % columns];
+    const float size = x < 0 ? -x : x;
+    peak = size > peak ? size : peak;
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const float other = shuffle_xor(peak, lanes);
+    peak = other > peak ? other : peak;
+  }
+  if (lane == 0) peaks[warp] = peak;
+  for (int d = thread_index(); d < D_TILE; d += kThreads) mean[d] = d < D && vector ? vector[d] * factor : 0.f;
+  if (!LINATTN_FAULT("no barrier after the peaks")) barrier_block();
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) peak = peaks[w] > peak ? peaks[w] : peak;
+  const float fit = fit_of(peak);
+  for (int i = thread_index(); i < D_TILE * E_TILE / 2; i += kThreads) {
+    const int d = i / (E_TILE / 2), e = i % (E_TILE / 2) * 2;
+    const float* at = matrix + static_cast<int64_t>(d) * E + e;
+    const float low = d < D && e < columns ? at[0] * fit : 0.f;
+    const float high = d < D && e + 1 < columns ? at[1] * fit : 0.f;
+    *reinterpret_cast<uint32_t*>(state + d * kRowBytes<uint16_t, E_TILE> + e * 2) = pack<T>(low, high);
+  }
+  if (!LINATTN_FAULT("no barrier after the state")) barrier_block();
+  return fit;
+}
+
 template <class T, int D_TILE, int E_TILE>
 LINATTN_KERNEL((ApplyTile<D_TILE, E_TILE>::kThreads), 1)
 apply_kernel(ApplyParams<uint16_t> p) {
@@ -254,34 +355,9 @@ apply_kernel(ApplyParams<uint16_t> p) {
   if (token < end) load_stage(token, 0);  // under way while the state is prepared
   copy_async_commit();
 
-  // ---- the state: float32 from global memory, rounded into shared memory
-  const float* kv = p.kv + head * p.D * p.E + first_column;
-  float peak = 0;
-  for (int i = thread_index(); i < p.D * columns; i += Tile::kThreads) {
-    const float x = kv[static_cast<int64_t>(i / columns) * p.E + i % columns];
-    const float size = x < 0 ? -x : x;
-    peak = size > peak ? size : peak;
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float other = shuffle_xor(peak, lanes);
-    peak = other > peak ? other : peak;
-  }
-  if (lane == 0) peaks[warp] = peak;
-  for (int d = thread_index(); d < D_TILE; d += Tile::kThreads)
-    mean[d] = d < p.D && p.normalize ? p.k_sum[head * p.D + d] * p.inv_count : 0.f;
-  if (!LINATTN_FAULT("no barrier after the peaks")) barrier_block();
-#pragma unroll
-  for (int w = 0; w < Tile::kWarps; ++w) peak = peaks[w] > peak ? peaks[w] : peak;
-  const float fit = fit_of(peak);
-  for (int i = thread_index(); i < D_TILE * E_TILE / 2; i += Tile::kThreads) {
-    const int d = i / (E_TILE / 2), e = i % (E_TILE / 2) * 2;
-    const float* at = kv + static_cast<int64_t>(d) * p.E + e;
-    const float low = d < p.D && e < columns ? at[0] * fit : 0.f;
-    const float high = d < p.D && e + 1 < columns ? at[1] * fit : 0.f;
-    *reinterpret_cast<uint32_t*>(state + d * kRowBytes<uint16_t, E_TILE> + e * 2) = pack<T>(low, high);
-  }
-  if (!LINATTN_FAULT("no barrier after the state")) barrier_block();
+  const float fit = prepare_state<T, D_TILE, E_TILE, Tile::kWarps>(p.kv + head * p.D * p.E + first_column,
+                                                                   p.normalize ? p.k_sum + head * p.D : nullptr,
+                                                                   p.inv_count, p.D, p.E, columns, state, mean, peaks);
   const float factor = p.scale * (1 / fit);
 
   // ---- tiles of 16 tokens. Nothing below is shared between warps.
@@ -353,19 +429,8 @@ apply_kernel(ApplyParams<uint16_t> p) {
               pack<T>(sums[i][half * 2] * factors[half], sums[i][half * 2 + 1] * factors[half]);
     }
     if (!LINATTN_FAULT("no barrier after the result")) barrier_warp();
-    uint16_t* rows = p.out.row(b, h, token) + first_column;
-    const int limit = live + (LINATTN_FAULT("a row past the last is stored") ? 1 : 0);
-    for (int i = lane; i < Tile::kRows * (E_TILE / 8); i += kWarp) {
-      const int row = i / (E_TILE / 8), chunk = i % (E_TILE / 8), count = columns - chunk * 8;
-      if (row >= limit || count <= 0) continue;
-      const unsigned char* from = chunk_of<uint16_t, D_TILE>(queries, row, chunk);
-      uint16_t* to = rows + row * p.out.stride_n + chunk * 8;
-      if (p.out.aligned && count >= 8) {
-        store_quad(to, load_quad(from));
-      } else {
-        for (int c = 0; c < 8 && c < count; ++c) to[c] = reinterpret_cast<const uint16_t*>(from)[c];
-      }
-    }
+    store_tile<Tile::kRows, D_TILE, E_TILE>(queries, p.out.row(b, h, token) + first_column, p.out.stride_n,
+                                            p.out.aligned, live, columns, lane);
     if (!LINATTN_FAULT("no barrier before the refill")) barrier_warp();  // the tile's memory may be refilled
   }
 }

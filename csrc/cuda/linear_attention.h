@@ -19,8 +19,12 @@ struct LinearAttentionArgs {
   View q, k, v, q_denom, k_denom, out;
   float* kv = nullptr;     // (B, H, D, E), sum form, contiguous
   float* k_sum = nullptr;  // (B, H, D)
+  // Of the backward passes:
+  View grad_out, grad_q, grad_q_denom, grad_k, grad_v, grad_k_denom;
+  float* grad_kv = nullptr;     // as kv
+  float* grad_k_sum = nullptr;  // as k_sum
   int multiprocessors = 1;
-  void* workspace = nullptr;  // linear_attention_workspace bytes, a multiple of 256
+  void* workspace = nullptr;  // of the bytes that a `_workspace` says, at a multiple of 256
 };
 
 // Bytes that `state` needs for partial sums: they depend on B, H, M, D, E, dtype and multiprocessors.
@@ -29,5 +33,12 @@ int64_t linear_attention_workspace(const LinearAttentionArgs&);
 // Each returns null, or why it was not launched. stream is a cudaStream_t of the current device.
 const char* linear_attention_state(const LinearAttentionArgs&, void* stream);  // k v [k_denom] -> kv k_sum
 const char* linear_attention_apply(const LinearAttentionArgs&, void* stream);  // q [q_denom] kv k_sum -> out
+
+// Bytes that apply's backward needs: they depend on B, H, N, D, E, dtype and multiprocessors.
+int64_t linear_attention_apply_backward_workspace(const LinearAttentionArgs&);
+// grad_out q [q_denom] kv k_sum -> grad_q [grad_q_denom] grad_kv grad_k_sum
+const char* linear_attention_apply_backward(const LinearAttentionArgs&, void* stream);
+// grad_kv grad_k_sum k v [k_denom] -> grad_k grad_v [grad_k_denom]. Without a workspace.
+const char* linear_attention_state_backward(const LinearAttentionArgs&, void* stream);
 
 }  // namespace linattn::cuda

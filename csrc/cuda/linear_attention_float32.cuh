@@ -10,6 +10,11 @@
 
 namespace linattn::cuda {
 
+LINATTN_DEVICE float phi_precise(float t, int feature_map) {
+  if (feature_map == kElu1) return t > 0 ? t + 1 : exp_precise(t);
+  return feature_map == kRelu && t < 0 ? 0.f : t;
+}
+
 // Applies phi to a tile; rows from `live` on become 0. Every thread takes the chunks that it brought itself (load_tile
 // with the same ROWS, WIDTH and THREADS), so it needs no barrier before.
 template <int ROWS, int WIDTH, int THREADS>
@@ -19,9 +24,7 @@ LINATTN_DEVICE void phi_in_place(unsigned char* tile, int live, int feature_map)
     Quad values = load_quad(at);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      float x = float_from_bits(values.x[c]);
-      if (feature_map == kRelu) x = x < 0 ? 0.f : x;
-      if (feature_map == kElu1) x = x > 0 ? x + 1 : exp_precise(x);
+      const float x = phi_precise(float_from_bits(values.x[c]), feature_map);
       values.x[c] = i / (WIDTH / 4) < live ? float_bits(x) : 0;
     }
     store_quad(at, values);
@@ -44,13 +47,16 @@ struct StateTileFloat32 {
   static constexpr int kValueBytes = kRows * kRowBytes<float, E>;
   static constexpr int kSums = kQuads * kQuads * 4 + kQuads;  // quads per thread: rows of kv, then k_sum
   static constexpr int kHeadBytes = 16;
-  LINATTN_HOST_DEVICE static constexpr int stage_bytes(bool denom) { return kKeyBytes * (denom ? 2 : 1) + kValueBytes; }
-  LINATTN_HOST_DEVICE static constexpr int shared_bytes(bool denom) {
-    return kHeadBytes + kStages * stage_bytes(denom);
+  static constexpr int kWeightBytes = kRows * static_cast<int>(sizeof(Weights));
+  LINATTN_HOST_DEVICE static constexpr int stage_bytes(bool denom, bool weighted = false) {
+    return kKeyBytes * (denom ? 2 : 1) + kValueBytes + (weighted ? kWeightBytes : 0);
+  }
+  LINATTN_HOST_DEVICE static constexpr int shared_bytes(bool denom, bool weighted = false) {
+    return kHeadBytes + kStages * stage_bytes(denom, weighted);
   }
 };
 
-template <int D_TILE, int E_TILE>
+template <int D_TILE, int E_TILE, bool WEIGHTED>
 LINATTN_KERNEL((StateTileFloat32<D_TILE, E_TILE>::kThreads), 1)
 state_kernel_float32(StateParams<float> p) {
   using Tile = StateTileFloat32<D_TILE, E_TILE>;
@@ -61,7 +67,8 @@ state_kernel_float32(StateParams<float> p) {
   const int64_t begin = split * p.chunk, end = begin + p.chunk < p.tokens ? begin + p.chunk : p.tokens;
   const int steps = static_cast<int>((end - begin + Tile::kRows - 1) / Tile::kRows);
   const bool denom = p.k_denom.data != nullptr;
-  const int stage_bytes = Tile::stage_bytes(denom);
+  const int stage_bytes = Tile::stage_bytes(denom, WEIGHTED);
+  const int weights_at = stage_bytes - Tile::kWeightBytes;
   int* flag = reinterpret_cast<int*>(shared_memory());
   unsigned char* stages = shared_memory() + Tile::kHeadBytes;
 
@@ -81,6 +88,9 @@ state_kernel_float32(StateParams<float> p) {
       load_tile<Tile::kRows, D_TILE, Tile::kThreads>(stage + Tile::kKeyBytes + Tile::kValueBytes,
                                                      p.k_denom.row(b, h, token), p.k_denom.stride_n, p.k_denom.aligned,
                                                      live, p.D, thread_index());
+    if constexpr (WEIGHTED)
+      load_weights<Tile::kRows, Tile::kThreads>(stage + weights_at, p.weights + head * weights_stride(p.tokens) + token,
+                                                live);
   };
 
   // [(i * kQuads + j) * 4 + r]: row r of the i-th quad of rows, j-th quad of columns; then k_sum of the i-th quad.
@@ -112,6 +122,8 @@ state_kernel_float32(StateParams<float> p) {
       for (int i = 0; i < Tile::kQuads; ++i) few[i][0] = few[i][1] = few[i][2] = few[i][3] = 0;
       for (int row = first; row < first + 8 && row < live; ++row) {
         float left[Tile::kQuads][4], right[Tile::kQuads][4], counted[4];
+        Weights weight{1, 1};
+        if constexpr (WEIGHTED) weight = reinterpret_cast<const Weights*>(keys + weights_at)[row];
 #pragma unroll
         for (int i = 0; i < Tile::kQuads; ++i) {
           to_floats(load_quad(chunk_of<float, D_TILE>(keys, row, i * Tile::kDown + down)), left[i]);
@@ -126,7 +138,10 @@ state_kernel_float32(StateParams<float> p) {
             for (int c = 0; c < 4; ++c) counted[c] = left[i][c];
           }
 #pragma unroll
-          for (int c = 0; c < 4; ++c) few[i][c] += counted[c];
+          for (int c = 0; c < 4; ++c) {
+            few[i][c] += WEIGHTED ? counted[c] * weight.of_sum : counted[c];
+            if constexpr (WEIGHTED) left[i][c] *= weight.of_kv;
+          }
 #pragma unroll
           for (int j = 0; j < Tile::kQuads; ++j)
 #pragma unroll
@@ -158,9 +173,11 @@ state_kernel_float32(StateParams<float> p) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const int e = (j * Tile::kAcross + across) * 4 + c;
-          if (e < columns) kv_row[e] = sums[(i * Tile::kQuads + j) * 4 + r][c];
+          const float sum = sums[(i * Tile::kQuads + j) * 4 + r][c];
+          if (e < columns) kv_row[e] = WEIGHTED ? sum * p.kv_factor : sum;
         }
-      if (across == 0 && first_column == 0) p.k_sum[head * p.D + d] = k_sum[i][r];
+      if (across == 0 && first_column == 0)
+        p.k_sum[head * p.D + d] = !WEIGHTED ? k_sum[i][r] : p.sum_factor == 0 ? 0.f : k_sum[i][r] * p.sum_factor;
     }
 }
 

@@ -69,6 +69,26 @@ LINATTN_DEVICE void load_tile(unsigned char* tile, const Element* rows, int64_t 
   }
 }
 
+// The other way round: ROWS rows of `columns` columns, at most COLUMNS, the first `live` of which exist, by one warp. A
+// barrier of the warp before this, and one before the tile is used again.
+template <int ROWS, int WIDTH, int COLUMNS, class Element>
+LINATTN_DEVICE void store_tile(const unsigned char* tile, Element* rows, int64_t stride, bool aligned, int live,
+                               int columns, int lane) {
+  constexpr int kElements = 16 / sizeof(Element), kChunks = COLUMNS / kElements;
+  const int limit = live + (LINATTN_FAULT("a row past the last is stored") ? 1 : 0);
+  for (int i = lane; i < ROWS * kChunks; i += kWarp) {
+    const int row = i / kChunks, chunk = i % kChunks, count = columns - chunk * kElements;
+    if (row >= limit || count <= 0) continue;
+    const unsigned char* from = tile + row * kRowBytes<Element, WIDTH> + chunk * 16;
+    Element* to = rows + row * stride + chunk * kElements;
+    if (aligned && count >= kElements) {
+      store_quad(to, load_quad(from));
+    } else {
+      for (int c = 0; c < kElements && c < count; ++c) to[c] = reinterpret_cast<const Element*>(from)[c];
+    }
+  }
+}
+
 enum FeatureMap { kIdentity, kRelu, kElu1 };  // as the ops number them
 
 // ---- sums that several blocks share

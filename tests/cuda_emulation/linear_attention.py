@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,37 @@ class Case:
     def __str__(self):
         changed = {k: v for k, v in vars(self).items() if v != getattr(Case(), k)}
         return "-".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in changed.items()) or "default"
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> View:
+        return cls(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]))
+
+
+class Call(ctypes.Structure):
+    """Call of linear_attention.cpp."""
+
+    _fields_ = [
+        *((name, View) for name in ("q", "k", "v", "q_denom", "k_denom", "out")),
+        *((name, ctypes.c_void_p) for name in ("kv", "k_sum", "workspace")),
+        *((n, ctypes.c_int64) for n in ("dtype", "B", "H", "N", "M", "D", "E", "feature_map", "normalize")),
+        ("multiprocessors", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("scale", "inv_count", "eps")),
+        *((f"grad_{name}", View) for name in ("out", "q", "q_denom", "k", "v", "k_denom")),
+        *((name, ctypes.c_void_p) for name in ("grad_kv", "grad_k_sum")),
+    ]
+
+
+def call_of(case: Case) -> Call:
+    """The call without its tensors."""
+    return Call(
+        dtype=DTYPES.index(case.dtype), B=case.B, H=case.H, N=case.N, M=case.M, D=case.D, E=case.E,
+        feature_map=MAPS.index(case.feature_map), normalize=case.normalize, multiprocessors=case.multiprocessors,
+        scale=1 / case.M, inv_count=1 / case.M, eps=1e-4,
+    )  # fmt: skip
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
