@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from . import bundled, delta_weights
+from ._quiet import quiet_diffusers
 from .evaluate import FrechetEstimate, Interval, evaluate_canvases, interval, paired_interval
 
 MODEL, GUIDANCE = "tiny_sd", 2.5
@@ -102,9 +103,17 @@ def student(folder: str | Path, *, steps: int, guidance: float = 1.0, model: str
 
 
 def _pipeline(model: str):
-    from .cli.eval import load_pipeline
+    """A bundled pipeline, float32 on the CPU, that shows no progress bars."""
+    import diffusers
+    import transformers
 
-    return load_pipeline(bundled.path(model))
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    with quiet_diffusers():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(bundled.path(model), local_files_only=True)
+    pipe.to("cpu", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _scheduler(folder: Path):
