@@ -1,6 +1,8 @@
 """Inf-DiT in few steps: convergence to a known flow, levels that are trained and visited, whole runs, their results."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -507,3 +509,23 @@ def test_command_enlarges_with_the_student_s_own_sampler(folders, tmp_path, caps
     assert "4 steps of lcm" in told.out + told.err
     (made,) = (tmp_path / "a").glob("*.png")
     assert Image.open(made).size == (128, 128)
+
+
+def test_example_distils_the_bundled_model_and_scores_both(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
+    import few_steps_infdit as example
+
+    original = example.photographs.original
+    monkeypatch.setattr(example.photographs, "original", lambda name: original(name).crop((0, 0, 96, 64)))
+    assert example.main(["--out", str(tmp_path), "--bundled", "--steps", "1"]) == 0
+    facts = json.loads((tmp_path / "scores.json").read_text())
+    assert facts["student's training, CPU seconds"] > 0 and list(facts["scores"]) == ["chelsea", "china"]
+    for rows in facts["scores"].values():
+        assert {row: fact["calls"] for row, fact in rows.items()} == {
+            "bicubic": 0,
+            "teacher, 2 steps of heun": 3,
+            "teacher, 1 steps of lcm": 1,
+            "student, 1 steps of lcm": 1,
+        }
+        assert all(fact["psnr"][0] > 15 and 0 <= fact["detail"] < 2 for fact in rows.values())
+    assert "student, 1 steps of lcm" in capsys.readouterr().out
