@@ -702,6 +702,16 @@ def test_student_with_linear_attention_learns_steps_from_either_teacher(folders,
     LinFusion.construct_for(pipe, pretrained_model_name_or_path=str(trainer.final / "adapter"))
 
 
+def test_what_is_trained_in_full_beside_low_rank_updates_is_not_the_teacher_s(folders, tmp_path):
+    trainer = trainer_of(folders, tmp_path, "student.lora.also_train=[conv_in]", "training.share_frozen=true")
+    before = {key: value.clone() for key, value in trainer.models.model.state_dict().items()}
+    trainer.run()
+    after = trainer.models.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not torch.equal(trainer.student.model.conv_in.weight, before["conv_in.weight"])
+    assert trainer.student.model.conv_out.weight is trainer.models.model.conv_out.weight, "the rest is one copy"
+
+
 def test_distance_of_pictures_is_the_one_that_is_named(folders, tmp_path):
     shapes = []
 

@@ -205,6 +205,10 @@ class TunedModel:
         wanted = self._low_rank
         targets = [name for target in wanted.targets for name in _named(model, target, "student.lora.targets")]
         in_full = [name for target in wanted.also_train for name in _named(model, target, "student.lora.also_train")]
+        for module in (part for name in in_full for part in model.get_submodule(name).modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                # Its own: the model may have its weights in common with the teacher.
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
         in_full = [p for name in in_full for p in model.get_submodule(name).parameters()]
         settings = {"r": wanted.rank, "lora_alpha": wanted.alpha or wanted.rank, "lora_dropout": wanted.dropout}
         model.requires_grad_(False)
