@@ -663,7 +663,11 @@ def test_validation_draws_the_teacher_in_its_steps_and_the_student_in_fewer_and_
         ("perflow_sd15", ["student.options={a: 1}"], "student.options: expected {} beside student.adapter: null"),
         ("perflow_sd15", ["objective.teacher=student"], "objective.teacher: expected 'model' beside student.adapter"),
         ("perflow_sd15", ["training.share_frozen=true"], "training.share_frozen: expected false or null beside"),
-        ("perflow_sd15", ["student={adapter: 'a:B', train: lora}"], "student.pretrained: expected the adapter's weights"),
+        (
+            "perflow_sd15",
+            ["student={adapter: 'a:B', train: lora}"],
+            "student.pretrained: expected the adapter's weights",
+        ),
         ("perflow_sd15", ["student={adapter: 'a:B', train: lora}"], "student.lora.also_train: expected [] beside obj"),
         (
             "perflow_sd15",
