@@ -848,7 +848,7 @@ def test_each_sample_and_each_condition_is_dropped_for_itself():
 
 def test_training_step_of_the_page_runs_and_trains_the_student_alone():
     page = Path(__file__).resolve().parents[1] / "docs" / "flash.md"
-    code = page.read_text().split("```python\n")[1].split("```")[0]
+    (code,) = (block.split("```")[0] for block in page.read_text().split("```python\n") if "Phases.of(" in block)
     weight, others = torch.ones((), requires_grad=True), torch.ones((), requires_grad=True)
     text, uniform = torch.randn(4, 3, 5), torch.tensor([0.4])
 
