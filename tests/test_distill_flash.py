@@ -1,7 +1,6 @@
 """Training of Flash Diffusion students: the recorded steps, convergence to a known flow, whole runs, their results."""
 
 import contextlib
-import json
 import math
 
 import numpy as np
@@ -16,8 +15,8 @@ import scipy.stats
 import test_flash_targets as recorded
 from diffusers import DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler
 from helpers import goldens, runs
+from helpers.pictures import captioned_noise
 from helpers.tiny_pipelines import tiny_pipeline
-from PIL import Image
 from safetensors.torch import load_file
 
 from linattn.adapters import LinFusion
@@ -461,14 +460,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("flash")
     for family in FAMILIES.values():
         tiny_pipeline(family).save_pretrained(root / family)
-    pictures = root / "pictures"
-    pictures.mkdir()
-    numbers = np.random.default_rng(0)
-    with open(pictures / "metadata.jsonl", "w") as captions:
-        for i in range(7):
-            pixels = numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures / f"{i}.png")
-            captions.write(json.dumps({"file_name": f"{i}.png", "text": f"a handwritten {i}"}) + "\n")
+    captioned_noise(root / "pictures", 7)
     return root
 
 

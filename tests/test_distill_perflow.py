@@ -18,6 +18,7 @@ pytest.importorskip("pydantic", reason='distillation needs the extra: pip instal
 import scipy.stats
 from diffusers import DiffusionPipeline
 from helpers import goldens, runs
+from helpers.pictures import captioned_noise
 from helpers.tiny_pipelines import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -298,14 +299,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("perflow")
     for family in {*FAMILIES.values(), "sd3"}:
         tiny_pipeline(family).save_pretrained(root / family)
-    pictures = root / "pictures"
-    pictures.mkdir()
-    numbers = np.random.default_rng(0)
-    with open(pictures / "metadata.jsonl", "w") as captions:
-        for i in range(7):
-            pixels = numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures / f"{i}.png")
-            captions.write(json.dumps({"file_name": f"{i}.png", "text": f"a handwritten {i}"}) + "\n")
+    captioned_noise(root / "pictures", 7)
     return root
 
 

@@ -1,9 +1,7 @@
 """Few steps and cheap attention together: students of step distillation on which LinFusion or CLEAR is mounted."""
 
 import contextlib
-import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,8 +10,8 @@ pytest.importorskip("pydantic", reason='distillation needs the extra: pip instal
 
 from diffusers import DiffusionPipeline
 from helpers import runs
+from helpers.pictures import captioned_noise
 from helpers.tiny_pipelines import tiny_pipeline
-from PIL import Image
 
 from linattn.adapters import CLEAR, LinFusion
 from linattn.cli.distill import resolve
@@ -68,14 +66,7 @@ def folders(tmp_path_factory):
             for i, parameter in enumerate(adapter.parameters()):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
         adapter.save_pretrained(root / f"{family}_adapter")
-    pictures = root / "pictures"
-    pictures.mkdir()
-    numbers = np.random.default_rng(0)
-    with open(pictures / "metadata.jsonl", "w") as captions:
-        for i in range(5):
-            pixels = numbers.integers(0, 256, (36, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures / f"{i}.png")
-            captions.write(json.dumps({"file_name": f"{i}.png", "text": f"a handwritten {i}"}) + "\n")
+    captioned_noise(root / "pictures", 5)
     return root
 
 
