@@ -241,8 +241,6 @@ class AttentionTask:
 class _StepTask(AttentionTask):
     """What all tasks have in common in which a student learns to do in a few steps what its teacher does in many."""
 
-    _empty: dict[str, torch.Tensor] | None = None  # the condition of the empty caption
-
     @staticmethod
     def _is_flow(models: pipelines.Kind) -> bool:
         return isinstance(models.schedule(), FlowSchedule)
@@ -277,10 +275,15 @@ class _StepTask(AttentionTask):
         seed = self.recipe.training.seed
         return loader(source, order, data, seed=seed, text_cache=text_cache, latent_cache=latent_cache, **share)
 
-    def _without_text(self, models: pipelines.Kind) -> dict[str, torch.Tensor]:
-        if self._empty is None:
-            self._empty = models.encode_text([""])
-        return self._empty
+    def _encoded(self, models: pipelines.Kind, text: str) -> dict[str, torch.Tensor]:
+        """The condition of a caption, encoded once."""
+        if text not in self._prompts:
+            self._prompts[text] = models.encode_text([text])
+        return self._prompts[text]
+
+    @functools.cached_property
+    def _prompts(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {}
 
     def _tuned_summary(
         self, models: pipelines.Kind, student: TunedModel, does: str, says: str
@@ -356,7 +359,7 @@ class PeRFlowTask(_StepTask):
         drop = self.recipe.data.caption_drop
         if drop or self.recipe.objective.teacher_guidance is not None:
             # Sizes, which captions do not say, are the same.
-            encoded["unconditional"] = encoded["condition"] | self._without_text(models)
+            encoded["unconditional"] = encoded["condition"] | self._encoded(models, "")
         if drop:
             encoded["dropped"] = chosen(batch["number"].tolist(), drop, seed=self.recipe.training.seed).to(device)
         return encoded
@@ -404,7 +407,9 @@ class FlashTask(_StepTask):
         else:
             if (wanted.prediction_type == "flow") != process.is_flow and wanted.prediction_type is not None:
                 expected = "'flow'" if process.is_flow else "epsilon, v_prediction or sample"
-                problems.append(f"objective.prediction_type: expected {expected} for a {name}, got 'flow'")
+                problems.append(
+                    f"objective.prediction_type: expected {expected} for a {name}, got {wanted.prediction_type!r}"
+                )
         entries = list(models.policies())
         for key in ("drop", "unconditional"):
             if unknown := [entry for entry in getattr(wanted, key) if entry not in entries]:
@@ -513,21 +518,12 @@ class FlashTask(_StepTask):
         policies: dict[str, str | torch.Tensor] = {}
         for name, policy in (models.policies() | self.recipe.objective.unconditional).items():
             if policy == "empty":
-                policies[name] = self._without_text(models)[name]
+                policies[name] = self._encoded(models, "")[name]
             elif isinstance(policy, dict):
                 policies[name] = self._encoded(models, policy["prompt"])[name]
             else:
                 policies[name] = policy
         return policies
-
-    def _encoded(self, models: pipelines.Kind, text: str) -> dict[str, torch.Tensor]:
-        if text not in self._prompts:
-            self._prompts[text] = models.encode_text([text])
-        return self._prompts[text]
-
-    @functools.cached_property
-    def _prompts(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {}
 
     def pictures(self, models: pipelines.Kind, model: nn.Module, autocast: Callable) -> list:
         """What `model` draws at the levels that it was trained on, unguided: the guidance is in it."""
